@@ -1,0 +1,6 @@
+//! sluice: containers start before their image has been downloaded.
+//!
+//! The architecture page; filled in room by room.
+
+pub mod config;
+pub mod error;

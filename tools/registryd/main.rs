@@ -1,0 +1,3 @@
+//! A loopback OCI registry from a directory, with faults on command.
+
+fn main() {}
