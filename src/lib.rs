@@ -3,4 +3,5 @@
 //! The architecture page; filled in room by room.
 
 pub mod config;
+pub mod engine;
 pub mod error;
