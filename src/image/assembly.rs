@@ -1,0 +1,275 @@
+//! Putting a [`Layout`] together: from a bootstrap, or from the layouts of two images that share
+//! a blob.
+//!
+//! Refuses chunks that overlap, leave room where no chunk can be, or lie where the context table
+//! says otherwise. Allocates in proportion to the listed chunks.
+
+use super::blob_table::BlobRecord;
+use super::bootstrap::Bootstrap;
+use super::chunk_table::ChunkRecord;
+use super::context::ContextTable;
+use super::digest::Digest;
+use super::entry::{ContextEntry, Place};
+use super::layout::{Layout, Record, SharedUnit, Source, Traits};
+use super::superblock::BLOCK_BYTES;
+use crate::config::UNIT_OUTPUT_MAX_BYTES;
+use crate::error::Result;
+use std::sync::Arc;
+
+/// One listed chunk on its way into a layout.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Listed {
+    index: u32,
+    uncompressed_offset: u64,
+    size: u32,
+    digest: Digest,
+    source: Source,
+    /// Offset in the decoded form of the source.
+    inside: u32,
+}
+
+impl Listed {
+    fn end(&self) -> u64 {
+        self.uncompressed_offset + u64::from(self.size).next_multiple_of(BLOCK_BYTES as u64)
+    }
+}
+
+/// See [`Layout::build`].
+pub(super) fn build(
+    bootstrap: &Bootstrap,
+    blob: &BlobRecord,
+    context: Option<&ContextTable>,
+) -> Result<Layout> {
+    let needs_context = Layout::needs_context(blob);
+    if needs_context && context.is_none() {
+        return Err(malformed!("chunks of a BATCH or ZRAN blob are found by its context table"));
+    }
+    if context.is_some_and(|context| context.chunk_count() != blob.chunk_count) {
+        return Err(malformed!("the context table is of another blob"));
+    }
+    let chunks = bootstrap.chunks_of(blob.index);
+    let mut listed = Vec::with_capacity(chunks.len());
+    for chunk in chunks {
+        let located = match context {
+            Some(context) => from_context(&chunk, context, blob),
+            None => Ok(from_bootstrap(&chunk)),
+        };
+        listed.push(located.map_err(|error| error.context(format!("chunk {}", chunk.index)))?);
+    }
+    let traits = Traits {
+        blob_id: blob.id.clone(),
+        uncompressed_size: blob.uncompressed_size,
+        chunk_count: blob.chunk_count,
+        compressor: blob.compressor,
+        digest_algorithm: blob.digest_algorithm,
+        cipher: blob.cipher.clone(),
+    };
+    let dictionaries = match context.filter(|_| blob.is_zran()) {
+        Some(context) => context.bytes().clone(),
+        None => Arc::from([]),
+    };
+    assemble(traits, &listed, dictionaries, needs_context)
+}
+
+/// See [`Layout::merge_digests`].
+pub(super) fn merge(left: &Layout, right: &Layout) -> Result<Layout> {
+    if left.traits != right.traits {
+        return Err(malformed!("two images disagree about its size, chunks, codecs or key"));
+    }
+    if left.dictionaries != right.dictionaries {
+        return Err(malformed!("two images have different context tables of it"));
+    }
+    let mut listed = Vec::with_capacity(left.records.len().max(right.records.len()));
+    let mut lefts = disassemble(left).peekable();
+    let mut rights = disassemble(right).peekable();
+    loop {
+        let next = match (lefts.peek(), rights.peek()) {
+            (Some(one), Some(other)) if one.index == other.index => {
+                if one != other {
+                    return Err(malformed!("two images disagree about chunk {}", one.index));
+                }
+                rights.next();
+                lefts.next()
+            }
+            (Some(one), Some(other)) if other.index < one.index => rights.next(),
+            (Some(_), _) => lefts.next(),
+            (None, _) => rights.next(),
+        };
+        match next {
+            Some(chunk) => listed.push(chunk),
+            None => break,
+        }
+    }
+    let shared = !left.units.is_empty() || !right.units.is_empty();
+    assemble(left.traits.clone(), &listed, left.dictionaries.clone(), shared)
+}
+
+fn disassemble(layout: &Layout) -> impl Iterator<Item = Listed> {
+    layout.records.iter().enumerate().map(|(position, record)| {
+        let own = layout.units.is_empty();
+        Listed {
+            index: layout.index(position),
+            uncompressed_offset: record.uncompressed_offset(),
+            size: record.size(),
+            digest: layout.digests[position],
+            source: layout.source(if own { position as u32 } else { record.unit() }),
+            inside: if own { 0 } else { record.inside() },
+        }
+    })
+}
+
+/// A chunk of a native blob: the chunk table has checked all of it.
+fn from_bootstrap(chunk: &ChunkRecord) -> Listed {
+    let compressed = u8::from(chunk.flags.is_compressed()) * Source::COMPRESSED;
+    let encrypted = u8::from(chunk.flags.is_encrypted()) * Source::ENCRYPTED;
+    Listed {
+        index: chunk.index.0,
+        uncompressed_offset: chunk.uncompressed_offset,
+        size: chunk.uncompressed_size,
+        digest: chunk.digest,
+        source: Source {
+            compressed_offset: chunk.compressed_offset,
+            compressed_size: chunk.compressed_size,
+            decoded_size: chunk.uncompressed_size,
+            flags: compressed | encrypted,
+            ..Source::default()
+        },
+        inside: 0,
+    }
+}
+
+/// A chunk located by the context table, which must agree with the chunk table.
+fn from_context(chunk: &ChunkRecord, context: &ContextTable, blob: &BlobRecord) -> Result<Listed> {
+    let entry = context.entry(chunk.index);
+    let same = entry.uncompressed_offset == chunk.uncompressed_offset
+        && entry.size == chunk.uncompressed_size;
+    if !same {
+        return Err(malformed!("bootstrap and context table put it in different places"));
+    }
+    let (source, inside) = locate(&entry, context);
+    let listed = Listed { source, inside, ..from_bootstrap(chunk) };
+    if !Layout::needs_context(blob) && listed != from_bootstrap(chunk) {
+        return Err(malformed!("bootstrap and context table say it is stored differently"));
+    }
+    Ok(listed)
+}
+
+/// The source of a chunk and its offset in it. The context table has checked that both exist.
+fn locate(entry: &ContextEntry, context: &ContextTable) -> (Source, u32) {
+    const CHECKED: &str = "invariant: the context table has checked what its chunks point to";
+    match entry.place {
+        Place::Own { offset, size, compressed, encrypted } => {
+            let compressed = u8::from(compressed) * Source::COMPRESSED;
+            let source = Source {
+                compressed_offset: offset,
+                compressed_size: size,
+                decoded_size: entry.size,
+                flags: compressed | u8::from(encrypted) * Source::ENCRYPTED,
+                ..Source::default()
+            };
+            (source, 0)
+        }
+        Place::Batch { offset, batch, inside, encrypted } => {
+            let batch = context.batch(batch).expect(CHECKED);
+            let packed = batch.compressed_size != batch.uncompressed_size;
+            let compressed = u8::from(packed) * Source::COMPRESSED;
+            let source = Source {
+                compressed_offset: offset,
+                compressed_size: batch.compressed_size,
+                decoded_size: batch.uncompressed_size,
+                flags: compressed | u8::from(encrypted) * Source::ENCRYPTED | Source::SHARED,
+                ..Source::default()
+            };
+            (source, inside)
+        }
+        Place::Zran { context: number, inside } => {
+            let zran = context.zran(number).expect(CHECKED);
+            let dictionary = context.dictionary_range(&zran);
+            let source = Source {
+                compressed_offset: zran.input_offset,
+                compressed_size: zran.input_size,
+                decoded_size: zran.output_size,
+                // The table is at most CONTEXT_TABLE_MAX_BYTES long.
+                dictionary_offset: dictionary.start as u32,
+                dictionary_size: dictionary.len() as u32,
+                entry_byte: zran.entry_byte,
+                entry_bits: zran.entry_bits,
+                flags: Source::COMPRESSED | Source::ZRAN | Source::SHARED,
+            };
+            (source, inside)
+        }
+    }
+}
+
+/// Builds the arrays of a layout from chunks by ascending, distinct index.
+fn assemble(
+    traits: Traits,
+    listed: &[Listed],
+    dictionaries: Arc<[u8]>,
+    shared: bool,
+) -> Result<Layout> {
+    let dense = listed.len() == traits.chunk_count as usize;
+    let units = if shared { group(listed) } else { Vec::new() };
+    let mut records = Vec::with_capacity(listed.len());
+    if shared {
+        for (number, unit) in units.iter().enumerate() {
+            records.extend(listed[unit.first as usize..unit.end as usize].iter().map(|chunk| {
+                let (start, inside) = (chunk.uncompressed_offset, chunk.inside);
+                Record::member(start, chunk.size, number as u32, inside)
+            }));
+        }
+    } else {
+        let own =
+            |chunk: &Listed| Record::own(chunk.uncompressed_offset, chunk.size, &chunk.source);
+        records.extend(listed.iter().map(own));
+    }
+    let indexes = match dense {
+        true => Vec::new(),
+        false => listed.iter().map(|chunk| chunk.index).collect(),
+    };
+    let digests = listed.iter().map(|chunk| chunk.digest).collect();
+    let layout = Layout { traits, records, digests, indexes, units, dictionaries };
+    for position in 0..=layout.records.len() {
+        layout.hole(position).check()?;
+    }
+    check_order(&layout)?;
+    Ok(layout)
+}
+
+/// Makes one unit of neighbours with the same source, and cuts it where its output would be too
+/// large to hold: the parts are then decoded one by one.
+fn group(listed: &[Listed]) -> Vec<SharedUnit> {
+    let mut units: Vec<SharedUnit> = Vec::new();
+    let mut start = 0;
+    for (position, chunk) in listed.iter().enumerate() {
+        let fits = chunk.end().saturating_sub(start) <= UNIT_OUTPUT_MAX_BYTES as u64;
+        match units.last_mut() {
+            Some(unit) if unit.source == chunk.source && chunk.source.is_shared() && fits => {
+                unit.end += 1;
+            }
+            _ => {
+                let first = position as u32;
+                units.push(SharedUnit { source: chunk.source, first, end: first + 1 });
+                start = chunk.uncompressed_offset;
+            }
+        }
+    }
+    units
+}
+
+/// Units ascend in the blob file, as every builder writes them: whoever plans a fetch relies on
+/// it. Units with one source, and ZRAN contexts, which share a byte or more, may overlap.
+fn check_order(layout: &Layout) -> Result<()> {
+    for unit in 1..layout.unit_count() {
+        let (before, this) = (layout.source(unit - 1), layout.source(unit));
+        let end = match this.is_zran() || before == this {
+            true => before.compressed_offset,
+            false => before.compressed_offset + u64::from(before.compressed_size),
+        };
+        if this.compressed_offset < end {
+            let chunk = layout.unit(unit).chunks.start;
+            return Err(malformed!("chunk {chunk} is stored before the end of its predecessor"));
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,52 @@
+//! Image formats: what the bytes of an image mean.
+//!
+//! Pure: every parser takes bytes and returns values; nothing here opens, reads, waits or knows an
+//! engine. All input is hostile: a parser answers [`crate::error::Error::Malformed`] or
+//! `Unsupported`, it never panics, never loops without a bound and never allocates more than a
+//! limit of `config.rs` or a small multiple of its input.
+//!
+//! How the files hang together:
+//! ```text
+//! manifest -> layer -> Bootstrap (superblock, blob_table, chunk_table) -> Tree (erofs)
+//!                          |            Toc (toc) -> blob.meta -> ContextTable (context)
+//!                          +-> Layout (layout) <----------------------+
+//!                                 +-> Decoder (decode: cipher, codec, inflate) -> Layout::verify
+//! ```
+
+macro_rules! malformed {
+    ($($text:tt)*) => { $crate::error::Error::Malformed(format!($($text)*)) };
+}
+
+macro_rules! unsupported {
+    ($($text:tt)*) => { $crate::error::Error::Unsupported(format!($($text)*)) };
+}
+
+pub mod blob_table;
+pub mod bootstrap;
+pub mod chunk_table;
+pub mod cipher;
+pub mod codec;
+pub mod context;
+pub mod decode;
+pub mod digest;
+pub mod entry;
+pub mod identity;
+pub mod inflate;
+pub mod layout;
+pub mod superblock;
+
+mod assembly;
+mod little;
+#[cfg(test)]
+mod specimen;
+mod tiling;
+
+pub use blob_table::{BlobFeatures, BlobRecord};
+pub use bootstrap::Bootstrap;
+pub use chunk_table::ChunkRecord;
+pub use codec::Compressor;
+pub use context::ContextTable;
+pub use decode::Decoder;
+pub use digest::{Digest, DigestAlgorithm};
+pub use identity::{BlobId, ChunkIndex};
+pub use layout::{Chunk, Layout, Unit};

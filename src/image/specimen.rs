@@ -1,0 +1,89 @@
+//! Images for tests: the ones in `tests/fixtures`, and ones made up to have what those lack.
+//!
+//! Test code: it panics where product code would answer an error.
+
+use super::blob_table::BlobRecord;
+use super::{Bootstrap, ContextTable, Decoder, Layout};
+use std::path::PathBuf;
+
+/// Where the fixtures are; `SLUICE_FIXTURES` names another directory of the same shape.
+pub(crate) fn root() -> PathBuf {
+    match std::env::var_os("SLUICE_FIXTURES") {
+        Some(root) => root.into(),
+        None => concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures").into(),
+    }
+}
+
+/// The names of the fixture images.
+pub(crate) const IMAGES: [&str; 3] = ["lz4-1m", "zstd-64k", "zran"];
+
+/// An image with everything a registry would hold of it.
+pub(crate) struct Specimen {
+    pub(crate) bootstrap: Bootstrap,
+    /// By blob index.
+    pub(crate) blobs: Vec<Vec<u8>>,
+    /// By blob index: the file that has the context table.
+    pub(crate) metas: Vec<Vec<u8>>,
+}
+
+impl Specimen {
+    /// A fixture image by name.
+    pub(crate) fn fixture(name: &str) -> Self {
+        let folder = root().join(name);
+        let bootstrap = Bootstrap::parse(std::fs::read(folder.join("image.boot")).unwrap());
+        let bootstrap = bootstrap.unwrap();
+        let read = |blob: &BlobRecord| match blob.is_separate() {
+            true => std::fs::read(root().join("source.tar.gz")).unwrap(),
+            false => std::fs::read(folder.join(blob.id.as_str())).unwrap(),
+        };
+        let read_meta = |blob: &BlobRecord| match blob.meta_digest.filter(|_| blob.is_separate()) {
+            Some(digest) => std::fs::read(folder.join(digest.to_string())).unwrap(),
+            None => read(blob),
+        };
+        let blobs = bootstrap.blobs().iter().map(read).collect();
+        let metas = bootstrap.blobs().iter().map(read_meta).collect();
+        Specimen { bootstrap, blobs, metas }
+    }
+
+    /// The context table of a blob.
+    pub(crate) fn context(&self, blob_index: usize) -> crate::error::Result<ContextTable> {
+        let record = &self.bootstrap.blobs()[blob_index];
+        let start = record.ci_offset as usize;
+        let end = start + record.ci_compressed_size as usize;
+        let meta = &self.metas[blob_index];
+        ContextTable::parse(record, &meta[start..end], &meta[end..end + 4096])
+    }
+
+    /// The layout the daemon would build.
+    pub(crate) fn layout(&self, blob_index: usize) -> Layout {
+        let record = &self.bootstrap.blobs()[blob_index];
+        let context = Layout::needs_context(record).then(|| self.context(blob_index).unwrap());
+        Layout::build(&self.bootstrap, blob_index as u32, context.as_ref()).unwrap()
+    }
+
+    /// The whole address space of a blob, every listed chunk verified, the rest zero.
+    pub(crate) fn address_space(&self, blob_index: usize) -> Vec<u8> {
+        let layout = self.layout(blob_index);
+        let mut decoder = Decoder::new();
+        let mut space = vec![0; layout.uncompressed_size() as usize];
+        for number in 0..layout.unit_count() {
+            let unit = layout.unit(number);
+            let start = unit.compressed_offset as usize;
+            let stored = &self.blobs[blob_index][start..start + unit.compressed_size as usize];
+            let start = unit.uncompressed_offset as usize;
+            let output = &mut space[start..start + unit.output_size as usize];
+            output.fill(0xaa);
+            decoder.decode_unit(&layout, number, stored, output).unwrap();
+            for index in unit.chunks {
+                let chunk = layout.chunk(super::ChunkIndex(index));
+                let start = chunk.uncompressed_offset as usize;
+                let (bytes, padding) = space[start..start + chunk.padded_size() as usize]
+                    .split_at(chunk.size as usize);
+                let listed = chunk.digest.is_some();
+                assert_eq!(layout.verify(super::ChunkIndex(index), bytes), listed);
+                assert!(padding.iter().all(|&byte| byte == 0));
+            }
+        }
+        space
+    }
+}
