@@ -1,0 +1,178 @@
+//! Which source of a route is asked first, and which is left out for now.
+//!
+//! Pure; one per route and core, times are passed in. Sources stand in the order of their
+//! preference: mirrors as configured, then the proxy, the origin last. A source that failed
+//! `failure_limit` times in a row is out until its interval has passed (then one request tries it
+//! again) or a ping finds it well. Below the limit a failure moves a source behind the others for a
+//! moment, so that the next try of the same bytes goes elsewhere. The last source is never out:
+//! somebody must be asked, and an outage must end by itself.
+
+use crate::config as limits;
+
+/// The health of the sources of one route.
+#[derive(Clone, Debug)]
+pub struct Health {
+    sources: Vec<Source>,
+}
+
+/// What is known about one source.
+#[derive(Clone, Debug)]
+struct Source {
+    failure_limit: u32,
+    interval_ns: u64,
+    failures: u32,
+    /// No request before this time, when the limit is reached.
+    out_until_ns: u64,
+    /// Tried after the others until this time.
+    suspect_until_ns: u64,
+    next_ping_ns: u64,
+}
+
+impl Health {
+    /// All well. Each source has its failure limit and its check interval; at least one.
+    pub fn new(sources: impl Iterator<Item = (u32, u64)>) -> Self {
+        let sources: Vec<Source> = sources
+            .map(|(failure_limit, interval_ns)| Source {
+                failure_limit,
+                interval_ns,
+                failures: 0,
+                out_until_ns: 0,
+                suspect_until_ns: 0,
+                next_ping_ns: 0,
+            })
+            .collect();
+        assert!(!sources.is_empty(), "a route has at least its origin");
+        Health { sources }
+    }
+
+    /// The source for the `attempt`th try (from 0) at `now_ns`.
+    ///
+    /// Well sources in their order, then suspect ones in theirs; then the round begins again. With
+    /// sources 0 (out), 1 (suspect) and 2 (well), the tries go to 2, 1, 2, 1.
+    pub fn pick(&self, attempt: usize, now_ns: u64) -> usize {
+        let count = self.usable_count(now_ns);
+        let place = attempt % count;
+        let well = self.usable(now_ns).filter(|index| !self.is_suspect(*index, now_ns));
+        let suspect = self.usable(now_ns).filter(|index| self.is_suspect(*index, now_ns));
+        well.chain(suspect).nth(place).expect("place is below the count of usable sources")
+    }
+
+    /// How many sources a request may be tried at.
+    pub fn usable_count(&self, now_ns: u64) -> usize {
+        self.usable(now_ns).count()
+    }
+
+    /// A request to the source failed in a way another source may not.
+    pub fn failed(&mut self, index: usize, now_ns: u64) {
+        let source = &mut self.sources[index];
+        source.failures = source.failures.saturating_add(1);
+        source.suspect_until_ns = now_ns + limits::REGISTRY_SUSPECT_NS;
+        if source.failures >= source.failure_limit {
+            source.out_until_ns = now_ns.saturating_add(source.interval_ns);
+        }
+    }
+
+    /// A request or a ping succeeded.
+    pub fn succeeded(&mut self, index: usize) {
+        let source = &mut self.sources[index];
+        source.failures = 0;
+        source.out_until_ns = 0;
+        source.suspect_until_ns = 0;
+    }
+
+    /// Whether a ping is due; counts it as sent.
+    pub fn ping_due(&mut self, index: usize, now_ns: u64) -> bool {
+        let source = &mut self.sources[index];
+        let is_due = source.next_ping_ns <= now_ns;
+        if is_due {
+            source.next_ping_ns = now_ns.saturating_add(source.interval_ns);
+        }
+        is_due
+    }
+
+    /// A ping failed: the source is out until the next one.
+    pub fn ping_failed(&mut self, index: usize, now_ns: u64) {
+        let source = &mut self.sources[index];
+        source.failures = source.failures.max(source.failure_limit);
+        source.out_until_ns = now_ns.saturating_add(source.interval_ns.saturating_mul(2));
+    }
+
+    /// Whether the source has failed since it last succeeded.
+    pub fn is_troubled(&self, index: usize) -> bool {
+        self.sources[index].failures > 0
+    }
+
+    fn usable(&self, now_ns: u64) -> impl Iterator<Item = usize> + '_ {
+        let last = self.sources.len() - 1;
+        (0..self.sources.len())
+            .filter(move |index| *index == last || self.sources[*index].out_until_ns <= now_ns)
+    }
+
+    fn is_suspect(&self, index: usize, now_ns: u64) -> bool {
+        self.sources[index].suspect_until_ns > now_ns
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: u64 = limits::SECOND_NS;
+
+    fn three() -> Health {
+        Health::new([(2, 5 * SECOND), (2, 5 * SECOND), (1, 5 * SECOND)].into_iter())
+    }
+
+    fn round(health: &Health, now_ns: u64) -> Vec<usize> {
+        (0..health.usable_count(now_ns)).map(|attempt| health.pick(attempt, now_ns)).collect()
+    }
+
+    #[test]
+    fn mirrors_go_first_and_the_origin_last() {
+        let health = three();
+        assert_eq!(round(&health, 0), [0, 1, 2]);
+        assert_eq!(health.pick(3, 0), 0);
+    }
+
+    #[test]
+    fn a_failure_moves_a_source_back_for_a_moment() {
+        let mut health = three();
+        health.failed(0, 0);
+        assert_eq!(round(&health, 1), [1, 2, 0]);
+        assert_eq!(round(&health, 2 * SECOND), [0, 1, 2]);
+    }
+
+    #[test]
+    fn a_source_at_its_limit_is_out_until_its_interval_passed_or_it_answers() {
+        let mut health = three();
+        health.failed(0, 0);
+        health.failed(0, 0);
+        assert_eq!(round(&health, 1), [1, 2]);
+        assert_eq!(round(&health, 5 * SECOND), [0, 1, 2]);
+        health.failed(0, 5 * SECOND);
+        assert_eq!(round(&health, 6 * SECOND), [1, 2], "one failed trial is enough");
+        health.succeeded(0);
+        assert_eq!(round(&health, 6 * SECOND), [0, 1, 2]);
+        assert!(!health.is_troubled(0));
+    }
+
+    #[test]
+    fn the_origin_is_never_out() {
+        let mut health = three();
+        for _ in 0..9 {
+            (0..3).for_each(|index| health.failed(index, 0));
+        }
+        assert_eq!(round(&health, 1), [2]);
+    }
+
+    #[test]
+    fn pings_are_due_once_per_interval_and_put_a_source_out() {
+        let mut health = three();
+        assert!(health.ping_due(0, SECOND));
+        assert!(!health.ping_due(0, 2 * SECOND));
+        assert!(health.ping_due(0, 6 * SECOND));
+        health.ping_failed(0, 6 * SECOND);
+        assert_eq!(round(&health, 7 * SECOND), [1, 2]);
+        assert_eq!(round(&health, 12 * SECOND), [1, 2], "stays out until the next ping");
+    }
+}
