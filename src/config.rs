@@ -176,3 +176,15 @@ pub const LOCALFS_READ_SIZE_MAX: usize = MIB;
 const _: () = assert!(HTTP_REQUEST_HEAD_SIZE_MAX + HTTP_RESPONSE_HEAD_SIZE_MAX <= 64 * KIB);
 /// A token must fit its request head with room for path and host.
 const _: () = assert!(TOKEN_SIZE_MAX + 4 * KIB <= HTTP_REQUEST_HEAD_SIZE_MAX);
+// ---- catalog: what is registered. 16,384 images x about 3 KiB = 48 MiB at the very most.
+
+/// Registered images, all domains together.
+pub const CATALOG_IMAGES_MAX: usize = 16 * KIB;
+/// A bootstrap as a file; one is held per registration in progress and per open image.
+pub const CATALOG_BOOTSTRAP_MAX_BYTES: usize = 256 * MIB;
+/// An image or blob id: NAME_MAX minus cachefiles' one-letter prefix.
+pub const CATALOG_ID_MAX_BYTES: usize = 254;
+/// A domain id: NAME_MAX minus cachefiles' `I` and EROFS's `erofs,`.
+pub const CATALOG_DOMAIN_MAX_BYTES: usize = 248;
+/// How often a registration starts over because others came in while it compared digests.
+pub const CATALOG_INSERT_TRIES_MAX: usize = 64;

@@ -2,6 +2,7 @@
 //!
 //! The architecture page; filled in room by room.
 
+pub mod blob;
 pub mod config;
 pub mod engine;
 pub mod error;

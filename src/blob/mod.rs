@@ -1,0 +1,4 @@
+//! What is known about images and blobs, and who fetches what, in which order.
+
+pub mod catalog;
+pub mod registration;

@@ -1,0 +1,237 @@
+//! One registered image: what a caller must say about it, and the little that is kept.
+//!
+//! Loading reads the bootstrap once, checks it whole and drops it: a node holds a thousand images
+//! and most are never opened. What stays is a digest of the file, so that the bytes served at OPEN
+//! are the bytes that were checked. Everything here blocks on the disk; it is called from control
+//! threads or a core's helper threads, never on a core.
+
+use std::collections::HashMap;
+use std::io::Read;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use crate::config::{CATALOG_BOOTSTRAP_MAX_BYTES, CATALOG_DOMAIN_MAX_BYTES, CATALOG_ID_MAX_BYTES};
+use crate::error::{Error, Result};
+use crate::image::bootstrap::{BlobId, Bootstrap};
+use crate::registry::config::Backend;
+
+/// What may be fetched before anybody asks for it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PrefetchConfig {
+    /// Whether anything is prefetched at all.
+    pub enable: bool,
+    /// How many fetches run at once.
+    pub threads: u32,
+    /// How many bytes one fetch asks for.
+    pub merging_size_bytes: u64,
+    /// The most bytes per second prefetch may use; 0 is no bound.
+    pub bandwidth_bytes_per_second: u64,
+    /// Whether whole blobs are wanted, not only what the bootstrap lists.
+    pub all: bool,
+}
+
+impl Default for PrefetchConfig {
+    fn default() -> Self {
+        let (threads, merging_size_bytes) = (8, 1 << 20);
+        Self {
+            enable: false,
+            threads,
+            merging_size_bytes,
+            bandwidth_bytes_per_second: 0,
+            all: false,
+        }
+    }
+}
+
+/// What a client says about an image when it registers it.
+#[derive(Clone, Debug)]
+pub struct ImageSpec {
+    /// The volume the image is mounted from: EROFS's domain_id, or its fsid where there is none.
+    /// Empty means "equal to `id`", which is what the kernel asks for then.
+    pub domain_id: String,
+    /// The cookie of the bootstrap: EROFS's fsid.
+    pub id: String,
+    /// The client's own name of the configuration; statistics are filed under it.
+    pub config_id: String,
+    /// The bootstrap file, or a local blob that holds one behind its table of contents.
+    pub metadata_path: PathBuf,
+    /// Where the blobs' bytes come from.
+    pub backend: Backend,
+    /// An existing directory for what belongs to the image (blob.meta, extracted bootstraps).
+    pub work_dir: PathBuf,
+    /// What may be fetched ahead.
+    pub prefetch: PrefetchConfig,
+}
+
+/// One data blob of an image, by its place in the blob table.
+#[derive(Clone, Debug)]
+pub struct ImageBlob {
+    /// The blob's name in the registry and its cookie in the kernel.
+    pub id: BlobId,
+    /// The size of its address space: the size its cookie is opened with.
+    pub uncompressed_size_bytes: u64,
+    /// A digest over all (chunk index, chunk digest) pairs this bootstrap lists for the blob.
+    pub chunks: blake3::Hash,
+}
+
+/// One registered image. Immutable, and small: no chunk is held here.
+#[derive(Debug)]
+pub struct Image {
+    /// The volume, never empty.
+    pub domain_id: String,
+    /// The bootstrap's cookie.
+    pub id: String,
+    /// The client's name of the configuration, possibly empty.
+    pub config_id: String,
+    /// The bootstrap; differs from the registered path when it was extracted from a blob.
+    pub bootstrap_path: PathBuf,
+    /// blake3 of the file that was checked at registration.
+    pub bootstrap_digest: blake3::Hash,
+    /// The file's size in bytes: the size its cookie is opened with.
+    pub bootstrap_size_bytes: u64,
+    /// Where the blobs' bytes come from.
+    pub backend: Backend,
+    /// The directory for what belongs to the image.
+    pub work_dir: PathBuf,
+    /// What may be fetched ahead.
+    pub prefetch: PrefetchConfig,
+    /// The data blobs; position = blob index in the bootstrap.
+    pub blobs: Vec<ImageBlob>,
+}
+
+impl Image {
+    /// Reads the bootstrap again, for OPEN: the bytes that were checked at registration, or an
+    /// error that says the file has changed since. Blocks on the disk.
+    pub fn read_bootstrap(&self) -> Result<Vec<u8>> {
+        let bytes = read_file(&self.bootstrap_path)?;
+        if blake3::hash(&bytes) != self.bootstrap_digest {
+            return Err(Error::Digest(format!(
+                "{}: the bootstrap of image {}/{} is not the file that was registered; \
+                 remove the registration and register the image again",
+                self.bootstrap_path.display(),
+                self.domain_id,
+                self.id
+            )));
+        }
+        Ok(bytes)
+    }
+
+    /// Checks `spec`, reads and parses its bootstrap. Blocks on the disk, holds no lock.
+    pub(super) fn load(spec: ImageSpec) -> Result<(Image, Bootstrap)> {
+        let (domain_id, id) = names(&spec)?;
+        let bytes = read_file(&spec.metadata_path)?;
+        let work_dir = existing_directory(&spec.work_dir)?;
+        let (digest, size) = (blake3::hash(&bytes), bytes.len() as u64);
+        let bootstrap =
+            Bootstrap::parse(bytes).map_err(|error| error.context(spec.metadata_path.display()))?;
+        let blobs = blobs_of(&bootstrap)?;
+        if blobs.iter().any(|blob| blob.id.to_string() == id) {
+            return Err(Error::Malformed(format!(
+                "id {id:?} is also the id of one of the image's data blobs; choose another id"
+            )));
+        }
+        let image = Image {
+            domain_id,
+            id,
+            config_id: spec.config_id,
+            bootstrap_path: absolute(&spec.metadata_path)?,
+            bootstrap_digest: digest,
+            bootstrap_size_bytes: size,
+            backend: spec.backend,
+            work_dir,
+            prefetch: spec.prefetch,
+            blobs,
+        };
+        Ok((image, bootstrap))
+    }
+}
+
+/// The digests `bootstrap` lists for one of its blobs, by chunk index.
+pub(super) fn digests_of(bootstrap: &Bootstrap, blob_index: u32) -> HashMap<u32, [u8; 32]> {
+    let of_blob = bootstrap.chunks().filter(|chunk| chunk.blob_index == blob_index);
+    of_blob.map(|chunk| (chunk.index, chunk.digest)).collect()
+}
+
+/// The domain and id of `spec`, checked.
+fn names(spec: &ImageSpec) -> Result<(String, String)> {
+    check_name("id", &spec.id, CATALOG_ID_MAX_BYTES)?;
+    let domain_id = if spec.domain_id.is_empty() { &spec.id } else { &spec.domain_id };
+    check_name("domain_id", domain_id, CATALOG_DOMAIN_MAX_BYTES)?;
+    Ok((domain_id.clone(), spec.id.clone()))
+}
+
+/// Both names become file names below the cache directory: fs/cachefiles/key.c takes a key as it
+/// is only while every byte is printable, no space and no '/', and the name fits NAME_MAX.
+fn check_name(field: &str, name: &str, max_bytes: usize) -> Result<()> {
+    let reason = if name.is_empty() {
+        "is empty".to_owned()
+    } else if name.len() > max_bytes {
+        format!("is longer than {max_bytes} bytes")
+    } else if name.contains('/') {
+        "contains '/'".to_owned()
+    } else if !name.bytes().all(|byte| byte.is_ascii_graphic()) {
+        "contains a byte that is not printable ASCII".to_owned()
+    } else {
+        return Ok(());
+    };
+    Err(Error::Malformed(format!("Invalid argument (os error 22): {field} {name:?} {reason}")))
+}
+
+/// The light description of every blob, with the digest over its chunk digests.
+fn blobs_of(bootstrap: &Bootstrap) -> Result<Vec<ImageBlob>> {
+    let records = bootstrap.blobs();
+    let mut hashers = vec![blake3::Hasher::new(); records.len()];
+    for chunk in bootstrap.chunks() {
+        let hasher = usize::try_from(chunk.blob_index).ok().and_then(|i| hashers.get_mut(i));
+        let hasher = hasher.ok_or_else(|| {
+            Error::Malformed(format!("a chunk names blob {}, which is not there", chunk.blob_index))
+        })?;
+        hasher.update(&chunk.index.to_le_bytes());
+        hasher.update(&chunk.digest);
+    }
+    let mut blobs = Vec::with_capacity(records.len());
+    for (record, hasher) in records.iter().zip(&hashers) {
+        check_name("blob id", &record.id.to_string(), CATALOG_ID_MAX_BYTES)?;
+        blobs.push(ImageBlob {
+            id: record.id.clone(),
+            uncompressed_size_bytes: record.uncompressed_size,
+            chunks: hasher.finalize(),
+        });
+    }
+    Ok(blobs)
+}
+
+/// Reads a regular file of bounded size. A FIFO or a device in its place is refused, not waited
+/// for: hence O_NONBLOCK.
+fn read_file(path: &Path) -> Result<Vec<u8>> {
+    let failed = |error: std::io::Error| Error::io(&error, format!("bootstrap {}", path.display()));
+    let mut options = std::fs::OpenOptions::new();
+    let file = options.read(true).custom_flags(libc::O_NONBLOCK).open(path).map_err(failed)?;
+    let metadata = file.metadata().map_err(failed)?;
+    if !metadata.is_file() {
+        return Err(Error::Malformed(format!("bootstrap {}: not a regular file", path.display())));
+    }
+    let limit = CATALOG_BOOTSTRAP_MAX_BYTES as u64;
+    let mut bytes = Vec::with_capacity(metadata.len().min(limit) as usize);
+    file.take(limit + 1).read_to_end(&mut bytes).map_err(failed)?;
+    if bytes.len() as u64 > limit {
+        return Err(Error::Unsupported(format!(
+            "bootstrap {}: larger than {limit} bytes",
+            path.display()
+        )));
+    }
+    Ok(bytes)
+}
+
+fn existing_directory(path: &Path) -> Result<PathBuf> {
+    match std::fs::metadata(path) {
+        Ok(metadata) if metadata.is_dir() => absolute(path),
+        Ok(_) => Err(Error::system(libc::ENOTDIR, format!("work_dir {}", path.display()))),
+        Err(error) => Err(Error::io(&error, format!("work_dir {}", path.display()))),
+    }
+}
+
+/// A relative path is taken from where the daemon was started, once, now.
+fn absolute(path: &Path) -> Result<PathBuf> {
+    std::path::absolute(path).map_err(|error| Error::io(&error, path.display().to_string()))
+}
