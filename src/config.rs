@@ -188,3 +188,7 @@ pub const CATALOG_ID_MAX_BYTES: usize = 254;
 pub const CATALOG_DOMAIN_MAX_BYTES: usize = 248;
 /// How often a registration starts over because others came in while it compared digests.
 pub const CATALOG_INSERT_TRIES_MAX: usize = 64;
+/// Prefetch threads a client may ask for.
+pub const PREFETCH_THREADS_MAX: u32 = 1024;
+/// The largest fetch a client may ask prefetch to make.
+pub const PREFETCH_MERGING_MAX_BYTES: usize = 256 * MIB;

@@ -5,6 +5,7 @@
 pub mod blob;
 pub mod config;
 pub mod engine;
+pub mod daemon;
 pub mod error;
 pub mod image;
 pub mod registry;

@@ -1,0 +1,3 @@
+//! Wiring: the control API and the state it speaks about.
+
+pub mod entry;
