@@ -181,7 +181,7 @@ const _: () = assert!(TOKEN_SIZE_MAX + 4 * KIB <= HTTP_REQUEST_HEAD_SIZE_MAX);
 /// Registered images, all domains together.
 pub const CATALOG_IMAGES_MAX: usize = 16 * KIB;
 /// A bootstrap as a file; one is held per registration in progress and per open image.
-pub const CATALOG_BOOTSTRAP_MAX_BYTES: usize = 256 * MIB;
+pub const CATALOG_BOOTSTRAP_MAX_BYTES: usize = 1024 * MIB;
 /// An image or blob id: NAME_MAX minus cachefiles' one-letter prefix.
 pub const CATALOG_ID_MAX_BYTES: usize = 254;
 /// A domain id: NAME_MAX minus cachefiles' `I` and EROFS's `erofs,`.

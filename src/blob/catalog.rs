@@ -11,10 +11,11 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::registration::{Image, ImageSpec, digests_of};
+use super::registration::{Image, ImageSpec};
 use crate::config::{CATALOG_IMAGES_MAX, CATALOG_INSERT_TRIES_MAX};
 use crate::error::{Error, Result};
 use crate::image::bootstrap::Bootstrap;
+use crate::image::digest::Digest;
 
 /// The registered images of this daemon. Shared by `Arc`; every method takes `&self`.
 #[derive(Debug, Default)]
@@ -134,7 +135,7 @@ impl Catalog {
         let domain = domains.get_mut(domain_id).ok_or_else(missing)?;
         if let Some(image) = domain.images.remove(id) {
             for blob in &image.blobs {
-                domain.release(&blob.id.to_string(), Some(&image));
+                domain.release(blob.id.as_str(), Some(&image));
             }
         } else if domain.blobs.contains_key(id) {
             domain.release(id, None);
@@ -245,7 +246,7 @@ impl Shared {
 }
 
 impl Holder {
-    fn chunks(&self) -> blake3::Hash {
+    fn chunks(&self) -> Digest {
         self.image.blobs[self.blob_index as usize].chunks
     }
 }
@@ -263,7 +264,7 @@ fn rivals(
     let Some(domain) = domains.get(&image.domain_id) else { return Vec::new() };
     let mut rivals: HashMap<*const Image, (Arc<Image>, Pairs)> = HashMap::new();
     for (index, blob) in image.blobs.iter().enumerate() {
-        let Some(shared) = domain.blobs.get(&blob.id.to_string()) else { continue };
+        let Some(shared) = domain.blobs.get(blob.id.as_str()) else { continue };
         let mut lists = vec![blob.chunks];
         lists.extend(shared.holders.iter().filter_map(|holder| {
             compared.iter().any(|done| Arc::ptr_eq(done, &holder.image)).then(|| holder.chunks())
@@ -287,10 +288,12 @@ fn rivals(
 fn compare(image: &Image, bootstrap: &Bootstrap, rival: &Image, pairs: &Pairs) -> Result<()> {
     let Ok(theirs) = rival.read_bootstrap().and_then(Bootstrap::parse) else { return Ok(()) };
     for &(ours_index, theirs_index) in pairs {
-        let digests = digests_of(&theirs, theirs_index);
-        let ours = bootstrap.chunks().filter(|chunk| chunk.blob_index == ours_index);
-        for chunk in ours {
-            if digests.get(&chunk.index).is_some_and(|digest| *digest != chunk.digest) {
+        // Both lists ascend by chunk index.
+        let mut listed = theirs.chunks_of(theirs_index).peekable();
+        for chunk in bootstrap.chunks_of(ours_index) {
+            while listed.next_if(|other| other.index < chunk.index).is_some() {}
+            let same = listed.next_if(|other| other.index == chunk.index);
+            if same.is_some_and(|other| other.digest != chunk.digest) {
                 return Err(Error::Digest(format!(
                     "chunk {} of blob {} has another digest in image {}/{}; \
                      one of the two bootstraps is wrong",
@@ -307,13 +310,13 @@ fn insert(domains: &mut BTreeMap<String, Domain>, image: &Arc<Image>) -> Result<
     if let Some(domain) = domains.get(&image.domain_id) {
         domain.check_free(&image.id)?;
         for blob in &image.blobs {
-            let id = blob.id.to_string();
-            if domain.images.contains_key(&id) {
+            let id = blob.id.as_str();
+            if domain.images.contains_key(id) {
                 return Err(Error::Exists(format!(
                     "blob {id} has the id of an image of the same domain"
                 )));
             }
-            let size = domain.blobs.get(&id).map(Shared::size_bytes);
+            let size = domain.blobs.get(id).map(Shared::size_bytes);
             if size.is_some_and(|size| size != blob.uncompressed_size_bytes) {
                 return Err(Error::Malformed(format!(
                     "blob {id} has another size in an image that is registered already"

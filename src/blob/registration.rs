@@ -5,14 +5,16 @@
 //! are the bytes that were checked. Everything here blocks on the disk; it is called from control
 //! threads or a core's helper threads, never on a core.
 
-use std::collections::HashMap;
 use std::io::Read;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use crate::config::{CATALOG_BOOTSTRAP_MAX_BYTES, CATALOG_DOMAIN_MAX_BYTES, CATALOG_ID_MAX_BYTES};
 use crate::error::{Error, Result};
-use crate::image::bootstrap::{BlobId, Bootstrap};
+use crate::image::blob_table::BlobRecord;
+use crate::image::bootstrap::Bootstrap;
+use crate::image::digest::Digest;
+use crate::image::identity::BlobId;
 use crate::registry::config::Backend;
 
 /// What may be fetched before anybody asks for it.
@@ -71,7 +73,7 @@ pub struct ImageBlob {
     /// The size of its address space: the size its cookie is opened with.
     pub uncompressed_size_bytes: u64,
     /// A digest over all (chunk index, chunk digest) pairs this bootstrap lists for the blob.
-    pub chunks: blake3::Hash,
+    pub chunks: Digest,
 }
 
 /// One registered image. Immutable, and small: no chunk is held here.
@@ -86,7 +88,7 @@ pub struct Image {
     /// The bootstrap; differs from the registered path when it was extracted from a blob.
     pub bootstrap_path: PathBuf,
     /// blake3 of the file that was checked at registration.
-    pub bootstrap_digest: blake3::Hash,
+    pub bootstrap_digest: Digest,
     /// The file's size in bytes: the size its cookie is opened with.
     pub bootstrap_size_bytes: u64,
     /// Where the blobs' bytes come from.
@@ -104,7 +106,7 @@ impl Image {
     /// error that says the file has changed since. Blocks on the disk.
     pub fn read_bootstrap(&self) -> Result<Vec<u8>> {
         let bytes = read_file(&self.bootstrap_path)?;
-        if blake3::hash(&bytes) != self.bootstrap_digest {
+        if digest_of(&bytes) != self.bootstrap_digest {
             return Err(Error::Digest(format!(
                 "{}: the bootstrap of image {}/{} is not the file that was registered; \
                  remove the registration and register the image again",
@@ -121,11 +123,11 @@ impl Image {
         let (domain_id, id) = names(&spec)?;
         let bytes = read_file(&spec.metadata_path)?;
         let work_dir = existing_directory(&spec.work_dir)?;
-        let (digest, size) = (blake3::hash(&bytes), bytes.len() as u64);
+        let (digest, size) = (digest_of(&bytes), bytes.len() as u64);
         let bootstrap =
             Bootstrap::parse(bytes).map_err(|error| error.context(spec.metadata_path.display()))?;
-        let blobs = blobs_of(&bootstrap)?;
-        if blobs.iter().any(|blob| blob.id.to_string() == id) {
+        let blobs = blobs_of(&bootstrap);
+        if blobs.iter().any(|blob| blob.id.as_str() == id) {
             return Err(Error::Malformed(format!(
                 "id {id:?} is also the id of one of the image's data blobs; choose another id"
             )));
@@ -146,10 +148,8 @@ impl Image {
     }
 }
 
-/// The digests `bootstrap` lists for one of its blobs, by chunk index.
-pub(super) fn digests_of(bootstrap: &Bootstrap, blob_index: u32) -> HashMap<u32, [u8; 32]> {
-    let of_blob = bootstrap.chunks().filter(|chunk| chunk.blob_index == blob_index);
-    of_blob.map(|chunk| (chunk.index, chunk.digest)).collect()
+fn digest_of(bytes: &[u8]) -> Digest {
+    Digest(*blake3::hash(bytes).as_bytes())
 }
 
 /// The domain and id of `spec`, checked.
@@ -177,28 +177,21 @@ fn check_name(field: &str, name: &str, max_bytes: usize) -> Result<()> {
     Err(Error::Malformed(format!("Invalid argument (os error 22): {field} {name:?} {reason}")))
 }
 
-/// The light description of every blob, with the digest over its chunk digests.
-fn blobs_of(bootstrap: &Bootstrap) -> Result<Vec<ImageBlob>> {
-    let records = bootstrap.blobs();
-    let mut hashers = vec![blake3::Hasher::new(); records.len()];
-    for chunk in bootstrap.chunks() {
-        let hasher = usize::try_from(chunk.blob_index).ok().and_then(|i| hashers.get_mut(i));
-        let hasher = hasher.ok_or_else(|| {
-            Error::Malformed(format!("a chunk names blob {}, which is not there", chunk.blob_index))
-        })?;
-        hasher.update(&chunk.index.to_le_bytes());
-        hasher.update(&chunk.digest);
-    }
-    let mut blobs = Vec::with_capacity(records.len());
-    for (record, hasher) in records.iter().zip(&hashers) {
-        check_name("blob id", &record.id.to_string(), CATALOG_ID_MAX_BYTES)?;
-        blobs.push(ImageBlob {
+/// The light description of every blob. The parser has checked ids and indexes.
+fn blobs_of(bootstrap: &Bootstrap) -> Vec<ImageBlob> {
+    let describe = |(index, record): (usize, &BlobRecord)| {
+        let mut hasher = blake3::Hasher::new();
+        for chunk in bootstrap.chunks_of(index as u32) {
+            hasher.update(&chunk.index.0.to_le_bytes());
+            hasher.update(&chunk.digest.0);
+        }
+        ImageBlob {
             id: record.id.clone(),
             uncompressed_size_bytes: record.uncompressed_size,
-            chunks: hasher.finalize(),
-        });
-    }
-    Ok(blobs)
+            chunks: Digest(*hasher.finalize().as_bytes()),
+        }
+    };
+    bootstrap.blobs().iter().enumerate().map(describe).collect()
 }
 
 /// Reads a regular file of bounded size. A FIFO or a device in its place is refused, not waited
