@@ -192,3 +192,18 @@ pub const CATALOG_INSERT_TRIES_MAX: usize = 64;
 pub const PREFETCH_THREADS_MAX: u32 = 1024;
 /// The largest fetch a client may ask prefetch to make.
 pub const PREFETCH_MERGING_MAX_BYTES: usize = 256 * MIB;
+
+// ---- statistics and journal: 7 histograms x 2,816 counts x 8 bytes = 154 KiB per core.
+
+/// The finest difference a histogram keeps.
+pub const HISTOGRAM_RESOLUTION_NS: u64 = 1_000;
+/// The longest time a histogram tells from longer ones.
+pub const HISTOGRAM_MAX_NS: u64 = 120 * SECOND_NS;
+/// Significant decimal digits a histogram keeps.
+pub const HISTOGRAM_DIGITS: u8 = 2;
+/// Log lines waiting to be written.
+pub const JOURNAL_LINES_MAX: usize = 1024;
+/// Errors kept for GET /api/v1/daemon/events, as in nydusd.
+pub const JOURNAL_ERRORS_MAX: usize = 500;
+/// Bytes of these errors, as in nydusd.
+pub const JOURNAL_ERRORS_MAX_BYTES: usize = 51_200;
