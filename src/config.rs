@@ -1,7 +1,74 @@
-//! Every limit of the program, with its sums.
+//! Every limit of the program, with its sums, and what an operator decides about a daemon.
 //!
 //! A queue, pool, loop, retry, buffer or wait that has no name here has no business existing.
 //! Units stand last in each name.
+
+use std::path::PathBuf;
+
+use clap::ValueEnum;
+
+/// How the workers share the kernel's requests at the cachefiles device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Intake {
+    /// Every core polls the device and any core may take any message.
+    Every,
+    /// Every core polls, and the kernel wakes one of them.
+    Exclusive,
+    /// One core polls and hands requests over to its siblings.
+    One,
+    /// Every core polls and spins a little before it sleeps.
+    Spin,
+}
+
+/// How much the daemon says about its work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
+pub enum LogLevel {
+    /// Nothing.
+    Off,
+    /// What needs an operator.
+    Error,
+    /// What went wrong and was dealt with.
+    Warn,
+    /// Images come, go and change state.
+    Info,
+    /// One line per request to a registry.
+    Debug,
+    /// One line per upcall.
+    Trace,
+}
+
+/// What an operator decides about one daemon; the command line makes it, nothing changes it later.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// The cache directory handed to the kernel (`dir`); without one there is no cachefiles door.
+    pub fscache_dir: Option<PathBuf>,
+    /// The cache's name inside the kernel (`tag`); the kernel's own is "CacheFiles".
+    pub fscache_tag: Option<String>,
+    /// Where the control API listens; without one nobody can register an image.
+    pub api_socket: Option<PathBuf>,
+    /// The CPUs that get a worker each; never empty, no duplicates, at most `CORES_MAX`.
+    pub cores: Vec<usize>,
+    /// How the workers share the kernel's requests.
+    pub intake: Intake,
+    /// What must survive a restart: registered images and their bootstraps.
+    pub state_dir: PathBuf,
+    /// How much is logged.
+    pub log_level: LogLevel,
+    /// Where it is logged; standard error without one.
+    pub log_file: Option<PathBuf>,
+    /// The RLIMIT_NOFILE to ask for; 0 leaves it alone.
+    pub nofile_limit: u64,
+    /// A kernel request is answered within this time, with its bytes or without.
+    pub fault_deadline_ms: u64,
+    /// The identity a supervisor gave this daemon (nydusd's `--id`); only reported back.
+    pub id: Option<String>,
+    /// The supervisor's socket (nydusd's `--supervisor`).
+    pub supervisor: Option<PathBuf>,
+    /// Start in state INIT and wait for a takeover (nydusd's `--upgrade`).
+    pub upgrade: bool,
+    /// nydusd's `--config`: a file with a list of blobs to register at start.
+    pub blobs_file: Option<PathBuf>,
+}
 
 /// One kibibyte.
 pub const KIB: usize = 1024;
@@ -207,3 +274,35 @@ pub const JOURNAL_LINES_MAX: usize = 1024;
 pub const JOURNAL_ERRORS_MAX: usize = 500;
 /// Bytes of these errors, as in nydusd.
 pub const JOURNAL_ERRORS_MAX_BYTES: usize = 51_200;
+// Command line.
+
+/// One worker per CPU up to here; more CPUs than this need `--cores`, and no list is longer.
+pub const CORES_MAX: usize = 64;
+/// Workers when nobody said: a node's other work needs its CPUs too.
+pub const CORES_DEFAULT: usize = 8;
+/// Where `sluice daemon` listens and the other commands call.
+pub const API_SOCKET_DEFAULT: &str = "/run/sluice.sock";
+/// Bootstraps and registrations.
+pub const STATE_DIR_DEFAULT: &str = "/var/lib/sluice";
+/// The kernel's requests are answered by then; half of the kernel's hung-task warning (120 s).
+pub const FAULT_DEADLINE_DEFAULT_MS: u64 = 60_000;
+/// The least that still covers a connection, a token and a chunk.
+pub const FAULT_DEADLINE_MIN_MS: u64 = 1_000;
+/// The open files nydusd asks for, and so do we.
+pub const NOFILE_DEFAULT: u64 = 1_000_000;
+/// A call to the daemon: no call waits for a registry, so this is generous.
+pub const API_CALL_TIMEOUT_MS: u64 = 10_000;
+/// The longest head of a daemon's answer.
+pub const API_REPLY_HEAD_MAX_BYTES: usize = 16 * KIB;
+/// The longest answer of a daemon: 16 MiB is a list of about 30,000 images.
+pub const API_REPLY_MAX_BYTES: usize = 16 * MIB;
+/// The header lines an answer may have.
+pub const API_REPLY_HEADERS_MAX: usize = 32;
+/// mount(2) takes one page of options, NUL included; longer device lists are left to the kernel.
+pub const MOUNT_OPTIONS_MAX_BYTES: usize = 4095;
+/// The largest bootstrap `sluice` reads into memory: 1.2 GiB is an image of 10 million files.
+pub const BOOTSTRAP_FILE_MAX_BYTES: u64 = 2048 * MIB as u64;
+/// A text file of the kernel (`/proc`, `/boot/config-*`); the longest known is 300 KiB.
+pub const SYSTEM_TEXT_MAX_BYTES: u64 = 8 * MIB as u64;
+/// Open descriptors looked at while searching who holds the device.
+pub const DESCRIPTORS_SCANNED_MAX: usize = 1_000_000;

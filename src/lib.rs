@@ -3,6 +3,7 @@
 //! The architecture page; filled in room by room.
 
 pub mod blob;
+pub mod cli;
 pub mod config;
 pub mod engine;
 pub mod daemon;

@@ -1,3 +1,7 @@
-//! Arguments to configuration to run.
+//! Arguments to a command to an exit code; everything else is in the library.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    sluice::cli::run(std::env::args_os())
+}
