@@ -52,12 +52,12 @@ pub fn parse_challenges(text: &str) -> Vec<Challenge> {
     let mut found: Vec<Challenge> = Vec::new();
     let mut current: Option<(String, Bearer)> = None;
     while found.len() < limits::AUTH_CHALLENGE_COUNT_MAX {
-        cursor.skip(&[b' ', b'\t', b',']);
+        cursor.skip(b" \t,");
         let word = cursor.token();
         if word.is_empty() {
             break;
         }
-        cursor.skip(&[b' ', b'\t']);
+        cursor.skip(b" \t");
         if !cursor.rest.starts_with('=') {
             found.extend(current.take().and_then(finish));
             let empty =
@@ -66,7 +66,7 @@ pub fn parse_challenges(text: &str) -> Vec<Challenge> {
             continue;
         }
         cursor.skip(b"=");
-        cursor.skip(&[b' ', b'\t']);
+        cursor.skip(b" \t");
         let Some(value) = cursor.value() else { break };
         if let Some((_, bearer)) = &mut current {
             match word.to_ascii_lowercase().as_str() {

@@ -23,7 +23,7 @@ use crate::registry::secret::Secret;
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Backend {
     /// An OCI registry, with its mirrors and its proxy.
-    Registry(RegistryConfig),
+    Registry(Box<RegistryConfig>),
     /// Files on this node.
     LocalFs(LocalFsConfig),
 }
@@ -112,7 +112,7 @@ impl Backend {
         match backend_type {
             "registry" => {
                 let raw: RawRegistry = decode(backend_config)?;
-                raw.validate().map(Backend::Registry)
+                raw.validate().map(|config| Backend::Registry(Box::new(config)))
             }
             "localfs" => {
                 let raw: RawLocalFs = decode(backend_config)?;
@@ -133,7 +133,7 @@ impl Backend {
         let (host, repo) = (host.to_string(), repo.to_string());
         RawRegistry { scheme, host, repo, ..RawRegistry::default() }
             .validate()
-            .map(Backend::Registry)
+            .map(|config| Backend::Registry(Box::new(config)))
     }
 }
 

@@ -8,7 +8,7 @@ use crate::registry::origin::Scheme;
 
 fn registry(extra: Value) -> RegistryConfig {
     match parse(extra) {
-        Ok(Backend::Registry(config)) => config,
+        Ok(Backend::Registry(config)) => *config,
         other => panic!("{other:?}"),
     }
 }
