@@ -306,3 +306,9 @@ pub const BOOTSTRAP_FILE_MAX_BYTES: u64 = 2048 * MIB as u64;
 pub const SYSTEM_TEXT_MAX_BYTES: u64 = 8 * MIB as u64;
 /// Open descriptors looked at while searching who holds the device.
 pub const DESCRIPTORS_SCANNED_MAX: usize = 1_000_000;
+/// Bytes of one name in a directory: the kernel's NAME_MAX.
+pub const FILE_NAME_MAX_BYTES: usize = 255;
+/// Bytes of a symbolic link's target: the kernel's PATH_MAX.
+pub const LINK_TARGET_MAX_BYTES: u64 = 4096;
+/// Bytes of a path met on a walk: deeper trees can be mounted, not inspected.
+pub const TREE_PATH_MAX_BYTES: usize = 32 * KIB;
