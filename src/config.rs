@@ -312,3 +312,7 @@ pub const FILE_NAME_MAX_BYTES: usize = 255;
 pub const LINK_TARGET_MAX_BYTES: u64 = 4096;
 /// Bytes of a path met on a walk: deeper trees can be mounted, not inspected.
 pub const TREE_PATH_MAX_BYTES: usize = 32 * KIB;
+/// Bytes of a manifest or index: what registries commonly accept.
+pub const MANIFEST_MAX_BYTES: usize = 4 * MIB;
+/// Bytes of unpacked tar read in search of a bootstrap.
+pub const LAYER_SCAN_MAX_BYTES: u64 = 4 * BOOTSTRAP_MAX_BYTES as u64;

@@ -35,8 +35,11 @@ pub mod files;
 pub mod identity;
 pub mod inflate;
 pub mod inode;
+pub mod layer;
 pub mod layout;
+pub mod manifest;
 pub mod superblock;
+pub mod toc;
 pub mod walk;
 
 mod assembly;
