@@ -171,7 +171,9 @@ fn locate(entry: &ContextEntry, context: &ContextTable) -> (Source, u32) {
         }
         Place::Batch { offset, batch, inside, encrypted } => {
             let batch = context.batch(batch).expect(CHECKED);
-            let packed = batch.compressed_size != batch.uncompressed_size;
+            // Under 16 bytes nothing shrinks, and encryption pads.
+            let padded = encrypted && batch.uncompressed_size < 16;
+            let packed = batch.compressed_size != batch.uncompressed_size && !padded;
             let compressed = u8::from(packed) * Source::COMPRESSED;
             let source = Source {
                 compressed_offset: offset,
@@ -272,4 +274,123 @@ fn check_order(layout: &Layout) -> Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::codec::Compressor;
+    use super::super::draft::Draft;
+    use super::super::identity::ChunkIndex;
+    use super::*;
+    use proptest::prelude::*;
+
+    fn kinds() -> Vec<Draft> {
+        let sizes = [5000, 1, 600, 65536, 20, 30, 4096, 8192];
+        let native = Draft::new(&sizes);
+        let second = Draft { version_2: true, ..native.clone() };
+        let batch = Draft { batch: Some(4), ..second.clone() };
+        let zran = Draft { zran_member: Some(1), ..second }.compressor(Compressor::Gzip);
+        vec![native, batch, zran]
+    }
+
+    fn listing(draft: &Draft, listed: u8) -> Draft {
+        let mut draft = draft.clone();
+        for (index, chunk) in draft.chunks.iter_mut().enumerate() {
+            chunk.1 = listed >> index & 1 != 0;
+        }
+        draft
+    }
+
+    fn chunk_at(layout: &Layout, byte: u64) -> u32 {
+        let chunks = layout.chunks_in(byte..byte + 1);
+        assert_eq!(chunks.len(), 1);
+        chunks.start
+    }
+
+    proptest! {
+        #[test]
+        fn chunks_tile_the_address_space_whoever_is_listed(kind in 0..3usize, listed: u8) {
+            let draft = listing(&kinds()[kind], listed);
+            let layout = draft.build().layout(0);
+            let mut end = 0;
+            for index in 0..layout.chunk_count() {
+                let chunk = layout.chunk(ChunkIndex(index));
+                prop_assert_eq!(chunk.uncompressed_offset, end);
+                prop_assert_eq!(chunk.digest.is_some(), draft.chunks[index as usize].1);
+                prop_assert_eq!(chunk.digest.is_none(), chunk.unit == Layout::NO_UNIT);
+                end += u64::from(chunk.padded_size());
+                prop_assert_eq!(chunk_at(&layout, chunk.uncompressed_offset), index);
+                prop_assert_eq!(chunk_at(&layout, end - 1), index);
+                if chunk.digest.is_some() {
+                    let unit = layout.unit(chunk.unit);
+                    prop_assert!(unit.chunks.contains(&index));
+                    let unit_end = unit.uncompressed_offset + u64::from(unit.output_size);
+                    prop_assert!(unit.uncompressed_offset <= chunk.uncompressed_offset);
+                    prop_assert!(unit_end >= end);
+                }
+            }
+            prop_assert_eq!(end, layout.uncompressed_size());
+            prop_assert_eq!(layout.chunks_in(0..u64::MAX), 0..layout.chunk_count());
+            prop_assert!(layout.chunks_in(end..u64::MAX).is_empty());
+        }
+
+        #[test]
+        fn merged_layouts_are_what_one_image_listing_both_would_have(
+            kind in 0..3usize, left: u8, right: u8,
+        ) {
+            let draft = &kinds()[kind];
+            let layout = |listed| listing(draft, listed).build().layout(0);
+            let mut merged = layout(left);
+            merged.merge_digests(&layout(right)).unwrap();
+            let whole = layout(left | right);
+            prop_assert_eq!(merged.records, whole.records);
+            prop_assert_eq!(merged.digests, whole.digests);
+            prop_assert_eq!(merged.indexes, whole.indexes);
+            prop_assert_eq!(merged.units, whole.units);
+        }
+    }
+
+    #[test]
+    fn images_that_contradict_each_other_do_not_merge() {
+        for draft in kinds() {
+            let layout = draft.build().layout(0);
+            let mut other = draft.build().layout(0);
+            other.digests[2].0[0] ^= 1;
+            let mut merged = layout.clone();
+            let error = merged.merge_digests(&other).unwrap_err().to_string();
+            assert!(error.contains("chunk 2") && error.contains(layout.blob_id().as_str()));
+            assert_eq!(merged.digests, layout.digests, "nothing changed");
+            other.traits.uncompressed_size += 4096;
+            assert!(merged.merge_digests(&other).is_err());
+        }
+    }
+
+    #[test]
+    fn batch_and_zran_layouts_want_their_own_context_table() {
+        for draft in &kinds()[1..] {
+            let image = draft.build();
+            assert!(Layout::build(&image.bootstrap, 0, None).is_err());
+            let mut other = draft.clone();
+            other.chunks[0].0.truncate(900);
+            let context = other.build().context(0).unwrap();
+            assert!(Layout::build(&image.bootstrap, 0, Some(&context)).is_err());
+            other.chunks.pop();
+            let context = other.build().context(0).unwrap();
+            assert!(Layout::build(&image.bootstrap, 0, Some(&context)).is_err());
+        }
+    }
+
+    #[test]
+    fn units_whose_output_would_not_fit_a_buffer_are_cut() {
+        // 5000 chunks of 100 bytes: 500 kB in one batch, 20 MB of address space.
+        let sizes = vec![100; 5000];
+        let draft = Draft { version_2: true, batch: Some(5000), ..Draft::new(&sizes) };
+        let image = draft.build();
+        let layout = image.layout(0);
+        assert_eq!(layout.unit_count(), 2);
+        for unit in 0..2 {
+            assert!(layout.unit(unit).output_size as usize <= UNIT_OUTPUT_MAX_BYTES);
+        }
+        image.address_space(0);
+    }
 }

@@ -182,3 +182,186 @@ fn order_chunks(table: &[u8], blobs: &[BlobRecord]) -> Result<Vec<u32>> {
     }
     Ok(order)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::draft::{Draft, put};
+    use super::super::specimen::{IMAGES, Specimen};
+    use super::super::{ChunkIndex, Compressor, Layout};
+    use super::*;
+    use crate::error::Error;
+    use proptest::prelude::*;
+
+    const BLOB: usize = 4096;
+
+    fn draft() -> Draft {
+        Draft::new(&[5000, 1, 65536])
+    }
+
+    /// The draft's bootstrap with `field` put at `at`.
+    fn with(at: usize, field: &[u8]) -> Result<Bootstrap> {
+        let mut bytes = draft().write().0;
+        put(&mut bytes, at, field);
+        Bootstrap::parse(bytes)
+    }
+
+    fn chunk_table() -> usize {
+        draft().build().bootstrap.superblock().chunk_table.start
+    }
+
+    #[test]
+    fn fixtures_say_what_is_known_of_them() {
+        let lz4 = Specimen::fixture("lz4-1m").bootstrap;
+        let blob = &lz4.blobs()[0];
+        assert_eq!(blob.compressor, Compressor::Lz4Block);
+        assert_eq!((lz4.chunk_size(), blob.chunk_size), (1 << 20, 1 << 20));
+        assert_eq!(lz4.chunks().len(), lz4.chunks_of(0).len());
+        assert_eq!(lz4.prefetch_nids().count(), 0);
+        for name in IMAGES {
+            let image = Specimen::fixture(name);
+            assert_eq!(image.bootstrap.size_bytes() as usize, image.bootstrap.bytes().len());
+        }
+    }
+
+    #[test]
+    fn image_without_data_has_no_blobs_and_a_tree() {
+        let bootstrap = Draft::new(&[]).build().bootstrap;
+        assert!(bootstrap.blobs().is_empty());
+        assert_eq!(bootstrap.tree().walk().count(), 1);
+        assert_eq!(bootstrap.chunks_of(0).len(), 0);
+        assert!(Layout::build(&bootstrap, 0, None).is_err());
+    }
+
+    #[test]
+    fn inlined_bootstrap_takes_the_name_it_was_found_under_everywhere() {
+        let inlined = Draft { id: "x".repeat(64), ..draft() }.build().bootstrap;
+        let id = BlobId::parse("short-name").unwrap();
+        let named = inlined.with_inlined_id(&id).unwrap();
+        assert_eq!(named.blobs()[0].id, id);
+        assert_eq!(&named.bytes()[1408..1419], b"short-name\0");
+        let again = named.clone().with_inlined_id(&BlobId::parse("other").unwrap()).unwrap();
+        assert_eq!(again.blobs()[0].id, id);
+    }
+
+    #[test]
+    fn known_images_of_other_kinds_are_unsupported() {
+        let fields: [(usize, &[u8]); 9] = [
+            (0, &0x5241_4653u32.to_le_bytes()),
+            (1024 + 8, &[0; 4]),
+            (1024 + 12, &[9]),
+            (1024 + 80, &0x1cu32.to_le_bytes()),
+            (1152, &0x0200_0000_0000_0084u64.to_le_bytes()),
+            (1152, &0x284u64.to_le_bytes()),
+            (BLOB + 84, &0x4000_0041u32.to_le_bytes()),
+            (BLOB + 84, &0x4000_0801u32.to_le_bytes()),
+            (BLOB + 84, &0x4000_1001u32.to_le_bytes()),
+        ];
+        for (at, field) in fields {
+            let error = with(at, field).unwrap_err();
+            assert!(matches!(error, Error::Unsupported(_)), "{at}: {error:?}");
+        }
+    }
+
+    #[test]
+    fn contradictions_and_impossible_sizes_are_malformed() {
+        let chunk = chunk_table();
+        let fields: [(usize, &[u8]); 26] = [
+            (1024, &[0]),
+            (1024 + 12, &[13]),
+            (1024 + 86, &255u16.to_le_bytes()),
+            (1024 + 86, &[2, 0]),
+            (1024 + 88, &[12]),
+            (1024 + 40, &u32::MAX.to_le_bytes()),
+            (1152, &0x86u64.to_le_bytes()),
+            (1152, &0x8cu64.to_le_bytes()),
+            (1152 + 8, &1408u64.to_le_bytes()),
+            (1152 + 8, &u64::MAX.to_le_bytes()),
+            (1152 + 20, &0x10001u32.to_le_bytes()),
+            (1152 + 20, &0x200_0000u32.to_le_bytes()),
+            (1152 + 24, &4096u64.to_le_bytes()),
+            (1152 + 32, &81u64.to_le_bytes()),
+            (1408, b"other"),
+            (1408 + 64, &[0]),
+            (BLOB + 64, &[1]),
+            (BLOB + 72, &[0; 4]),
+            (BLOB + 72, &((1u32 << 24) + 1).to_le_bytes()),
+            (BLOB + 84, &0x4000_0109u32.to_le_bytes()),
+            (BLOB + 112, &u64::MAX.to_le_bytes()),
+            (chunk + 32, &[1]),
+            (chunk + 40, &u32::MAX.to_le_bytes()),
+            (chunk + 44, &0u32.to_le_bytes()),
+            (chunk + 56, &1u64.to_le_bytes()),
+            (chunk + 72, &[3]),
+        ];
+        for (at, field) in fields {
+            let error = with(at, field).unwrap_err();
+            assert!(matches!(error, Error::Malformed(_)), "{at}: {error:?}");
+        }
+    }
+
+    #[test]
+    fn a_chunk_or_blob_listed_twice_is_malformed() {
+        let mut bytes = draft().write().0;
+        let chunk = chunk_table();
+        bytes.copy_within(chunk..chunk + 80, chunk + 80);
+        assert!(Bootstrap::parse(bytes).unwrap_err().to_string().contains("twice"));
+        let mut bytes = draft().write().0;
+        put(&mut bytes, 1024 + 86, &[2]);
+        put(&mut bytes, 1152 + 16, &512u32.to_le_bytes());
+        bytes.copy_within(1408..1536, 1536);
+        bytes.copy_within(BLOB..BLOB + 256, BLOB + 256);
+        put(&mut bytes, BLOB + 256 + 64, &[1]);
+        assert!(Bootstrap::parse(bytes).unwrap_err().to_string().contains("twice"));
+    }
+
+    #[test]
+    fn chunks_that_overlap_are_refused_by_the_layout() {
+        // Chunk 1 moved onto chunk 0, and chunk 2 stored on chunk 1.
+        let chunk = chunk_table();
+        for (at, field) in [(chunk + 80 + 56, 0u64), (chunk + 160 + 48, 0)] {
+            let bootstrap = with(at, &field.to_le_bytes()).unwrap();
+            assert!(Layout::build(&bootstrap, 0, None).is_err(), "{at}");
+        }
+        assert!(draft().build().layout(0).verify(ChunkIndex(1), &draft().chunks[1].0));
+    }
+
+    /// Everything a caller does with a bootstrap. Must return.
+    fn exercise(bytes: Vec<u8>) {
+        let Ok(bootstrap) = Bootstrap::parse(bytes) else { return };
+        for blob in 0..bootstrap.blobs().len() as u32 {
+            if let Ok(layout) = Layout::build(&bootstrap, blob, None) {
+                layout.chunks_in(0..u64::MAX);
+            }
+        }
+        for visit in bootstrap.tree().walk().map_while(Result::ok) {
+            let tree = bootstrap.tree();
+            let _ = tree.read_link(&visit.inode);
+            let _ = tree.xattrs(&visit.inode);
+            let chunks = tree.file_chunks(&visit.inode);
+            chunks.into_iter().flatten().count();
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(200))]
+
+        #[test]
+        fn damaged_bootstraps_never_panic(
+            name in 0..IMAGES.len(),
+            flips in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..30),
+            cut in prop::option::of(any::<prop::sample::Index>()),
+        ) {
+            let image = Specimen::fixture(IMAGES[name]).bootstrap;
+            let mut bytes = image.bytes().to_vec();
+            for (at, value) in flips {
+                // Half of the flips in the tables at the front.
+                let range = if value & 1 == 0 { bytes.len() } else { 5000 };
+                bytes[at.index(range)] ^= value;
+            }
+            if let Some(cut) = cut {
+                bytes.truncate(cut.index(bytes.len()));
+            }
+            exercise(bytes);
+        }
+    }
+}

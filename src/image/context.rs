@@ -263,3 +263,98 @@ fn check_zran(context: &ZranContext, record: &BlobRecord, dictionaries: u64) -> 
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::draft::{Draft, put};
+    use super::super::specimen::{IMAGES, Specimen};
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn fixtures_agree_with_their_bootstraps() {
+        for name in IMAGES {
+            let image = Specimen::fixture(name);
+            let context = image.context(0).unwrap();
+            let layout = super::super::Layout::build(&image.bootstrap, 0, Some(&context));
+            assert_eq!(layout.unwrap().chunk_count(), context.chunk_count());
+        }
+    }
+
+    fn draft() -> Draft {
+        let zran = Draft::new(&[5000, 100, 65536, 7]);
+        let zran = Draft { version_2: true, zran_member: Some(2), ..zran };
+        zran.compressor(Compressor::Gzip)
+    }
+
+    /// The table and the header as stored, of an image whose table is not compressed.
+    fn parts(image: &Specimen) -> (Vec<u8>, Vec<u8>) {
+        let record = &image.bootstrap.blobs()[0];
+        let start = record.ci_offset as usize;
+        let end = start + record.ci_compressed_size as usize;
+        (image.metas[0][start..end].to_vec(), image.metas[0][end..end + HEADER_BYTES].to_vec())
+    }
+
+    #[test]
+    fn header_that_contradicts_the_blob_table_is_refused() {
+        let image = draft().build();
+        let record = &image.bootstrap.blobs()[0];
+        let (table, header) = parts(&image);
+        ContextTable::parse(record, &table, &header).unwrap();
+        for at in [0, 8, 12, 16, 24, 32, 40, 47, 48, 55, 4092] {
+            let mut wrong = header.clone();
+            wrong[at] ^= 1;
+            assert!(ContextTable::parse(record, &table, &wrong).is_err(), "{at}");
+        }
+        assert!(ContextTable::parse(record, &table, &header[1..]).is_err());
+        assert!(ContextTable::parse(record, &table[1..], &header).is_err());
+    }
+
+    #[test]
+    fn entries_that_point_outside_are_refused() {
+        let draft = Draft { compressor: Compressor::None, ..draft() };
+        let image = draft.build();
+        let record = &image.bootstrap.blobs()[0];
+        let (table, header) = parts(&image);
+        ContextTable::parse(record, &table, &header).unwrap();
+        let contexts = 4 * 24;
+        let fields: [(usize, &[u8]); 10] = [
+            // The first chunk's block, its size, its flags, its context and its place in it.
+            (0, &[1]),
+            (4, &[0xff, 0xff]),
+            (7, &[1]),
+            (20, &[9]),
+            (16, &[0xff, 0xff, 0xff]),
+            // The first context's input, output, dictionary and bits.
+            (contexts, &[0xff; 8]),
+            (contexts + 24, &[0xff; 4]),
+            (contexts + 28, &[0xff; 4]),
+            (contexts + 32, &[1]),
+            (contexts + 37, &[8]),
+        ];
+        for (at, field) in fields {
+            let mut wrong = table.clone();
+            put(&mut wrong, at, field);
+            assert!(ContextTable::parse(record, &wrong, &header).is_err(), "{at}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn damaged_tables_never_panic(
+            flips in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..9),
+        ) {
+            let draft = Draft { compressor: Compressor::None, ..draft() };
+            let image = draft.build();
+            let (mut table, header) = parts(&image);
+            for (at, value) in flips {
+                let at = at.index(table.len());
+                table[at] ^= value;
+            }
+            let record = &image.bootstrap.blobs()[0];
+            if let Ok(context) = ContextTable::parse(record, &table, &header) {
+                let _ = super::super::Layout::build(&image.bootstrap, 0, Some(&context));
+            }
+        }
+    }
+}

@@ -43,6 +43,8 @@ pub mod toc;
 pub mod walk;
 
 mod assembly;
+#[cfg(test)]
+mod draft;
 mod little;
 #[cfg(test)]
 mod specimen;
