@@ -120,8 +120,6 @@ fn disassemble(layout: &Layout) -> impl Iterator<Item = Listed> {
 
 /// A chunk of a native blob: the chunk table has checked all of it.
 fn from_bootstrap(chunk: &ChunkRecord) -> Listed {
-    let compressed = u8::from(chunk.flags.is_compressed()) * Source::COMPRESSED;
-    let encrypted = u8::from(chunk.flags.is_encrypted()) * Source::ENCRYPTED;
     Listed {
         index: chunk.index.0,
         uncompressed_offset: chunk.uncompressed_offset,
@@ -131,7 +129,7 @@ fn from_bootstrap(chunk: &ChunkRecord) -> Listed {
             compressed_offset: chunk.compressed_offset,
             compressed_size: chunk.compressed_size,
             decoded_size: chunk.uncompressed_size,
-            flags: compressed | encrypted,
+            flags: Source::storage(chunk.flags.is_compressed(), chunk.flags.is_encrypted()),
             ..Source::default()
         },
         inside: 0,
@@ -159,12 +157,11 @@ fn locate(entry: &ContextEntry, context: &ContextTable) -> (Source, u32) {
     const CHECKED: &str = "invariant: the context table has checked what its chunks point to";
     match entry.place {
         Place::Own { offset, size, compressed, encrypted } => {
-            let compressed = u8::from(compressed) * Source::COMPRESSED;
             let source = Source {
                 compressed_offset: offset,
                 compressed_size: size,
                 decoded_size: entry.size,
-                flags: compressed | u8::from(encrypted) * Source::ENCRYPTED,
+                flags: Source::storage(compressed, encrypted),
                 ..Source::default()
             };
             (source, 0)
@@ -174,12 +171,11 @@ fn locate(entry: &ContextEntry, context: &ContextTable) -> (Source, u32) {
             // Under 16 bytes nothing shrinks, and encryption pads.
             let padded = encrypted && batch.uncompressed_size < 16;
             let packed = batch.compressed_size != batch.uncompressed_size && !padded;
-            let compressed = u8::from(packed) * Source::COMPRESSED;
             let source = Source {
                 compressed_offset: offset,
                 compressed_size: batch.compressed_size,
                 decoded_size: batch.uncompressed_size,
-                flags: compressed | u8::from(encrypted) * Source::ENCRYPTED | Source::SHARED,
+                flags: Source::storage(packed, encrypted) | Source::SHARED,
                 ..Source::default()
             };
             (source, inside)
@@ -279,7 +275,7 @@ fn check_order(layout: &Layout) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::super::codec::Compressor;
-    use super::super::draft::Draft;
+    use super::super::draft_tests::Draft;
     use super::super::identity::ChunkIndex;
     use super::*;
     use proptest::prelude::*;

@@ -185,8 +185,8 @@ fn order_chunks(table: &[u8], blobs: &[BlobRecord]) -> Result<Vec<u32>> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::draft::{Draft, put};
-    use super::super::specimen::{IMAGES, Specimen};
+    use super::super::draft_tests::{Draft, put};
+    use super::super::specimen_tests::{IMAGES, Specimen};
     use super::super::{ChunkIndex, Compressor, Layout};
     use super::*;
     use crate::error::Error;

@@ -266,8 +266,8 @@ fn check_zran(context: &ZranContext, record: &BlobRecord, dictionaries: u64) -> 
 
 #[cfg(test)]
 mod tests {
-    use super::super::draft::{Draft, put};
-    use super::super::specimen::{IMAGES, Specimen};
+    use super::super::draft_tests::{Draft, put};
+    use super::super::specimen_tests::{IMAGES, Specimen};
     use super::*;
     use proptest::prelude::*;
 

@@ -162,9 +162,9 @@ fn room(buffer: &mut Vec<u8>, size: usize) -> &mut [u8] {
 #[cfg(test)]
 mod tests {
     use super::super::codec::Compressor;
-    use super::super::draft::Draft;
+    use super::super::draft_tests::Draft;
     use super::super::identity::ChunkIndex;
-    use super::super::specimen::{IMAGES, Specimen};
+    use super::super::specimen_tests::{IMAGES, Specimen};
     use super::*;
 
     const SIZES: [usize; 12] = [1, 15, 16, 17, 999, 4096, 65536, 5, 700, 4097, 2, 9];
@@ -281,7 +281,7 @@ mod tests {
             // A chunk that says 5000 bytes and is stored as 6000.
             let image = Draft::new(&[5000]).compressor(compressor).build();
             let layout = image.layout(0);
-            let stored = super::super::draft::pack(compressor, &[3; 6000]).0;
+            let stored = super::super::draft_tests::pack(compressor, &[3; 6000]).0;
             let mut output = [0; 5000];
             let source = layout.source(0);
             let result = decoder.decode_source(&layout, &source, &stored, &mut output);

@@ -413,6 +413,12 @@ impl Source {
     /// Members are slices of the decoded form.
     pub(super) const SHARED: u8 = 8;
 
+    /// The flags of a stored form.
+    pub(super) fn storage(compressed: bool, encrypted: bool) -> u8 {
+        let flag = |set: bool, flag: u8| if set { flag } else { 0 };
+        flag(compressed, Self::COMPRESSED) | flag(encrypted, Self::ENCRYPTED)
+    }
+
     pub(super) fn is_compressed(&self) -> bool {
         self.flags & Self::COMPRESSED != 0
     }

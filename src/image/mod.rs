@@ -44,10 +44,10 @@ pub mod walk;
 
 mod assembly;
 #[cfg(test)]
-mod draft;
+mod draft_tests;
 mod little;
 #[cfg(test)]
-mod specimen;
+mod specimen_tests;
 mod tiling;
 
 pub use blob_table::{BlobFeatures, BlobRecord};

@@ -174,7 +174,7 @@ fn read_entry(record: &[u8; ENTRY_BYTES]) -> Result<TocEntry> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::specimen::{tar_header, toc_entry};
+    use super::super::specimen_tests::{tar_header, toc_entry};
     use super::*;
 
     fn blob_with_toc(part: &[u8], stored: &[u8], flags: u32) -> Vec<u8> {
@@ -183,9 +183,9 @@ mod tests {
         blob.extend(stored);
         blob.extend(tar_header(BOOTSTRAP_NAME, stored.len()));
         // As one builder writes it: an offset wrapped around.
-        let mut table = toc_entry("image.blob", 1, b"", u64::MAX - 511..512);
-        let range = offset..offset + stored.len() as u64;
-        table.extend(toc_entry(BOOTSTRAP_NAME, flags, part, range));
+        let mut table = toc_entry("image.blob", 1, b"", (u64::MAX - 511, 1024));
+        let place = (offset, stored.len() as u64);
+        table.extend(toc_entry(BOOTSTRAP_NAME, flags, part, place));
         blob.extend(&table);
         blob.extend(tar_header(TOC_NAME, table.len()));
         blob

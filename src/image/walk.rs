@@ -111,7 +111,7 @@ impl Iterator for Walk<'_> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::specimen::{IMAGES, Specimen, root};
+    use super::super::specimen_tests::{IMAGES, Specimen, root};
     use super::super::{DigestAlgorithm, Layout};
     use super::*;
     use std::collections::HashMap;

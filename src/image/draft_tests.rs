@@ -8,7 +8,7 @@ use super::blob_table::BlobFeatures;
 use super::cipher::Cipher;
 use super::codec::Compressor;
 use super::digest::DigestAlgorithm;
-use super::specimen::Specimen;
+use super::specimen_tests::Specimen;
 use std::io::Write;
 
 /// What an image is to be made of.

@@ -98,20 +98,14 @@ pub(crate) fn tar_header(name: &str, size: usize) -> Vec<u8> {
     header.as_bytes().to_vec()
 }
 
-/// An entry of a table of contents for `part`, stored at `range` (only its start and length
-/// count: it may wrap around).
-pub(crate) fn toc_entry(
-    name: &str,
-    flags: u32,
-    part: &[u8],
-    range: std::ops::Range<u64>,
-) -> Vec<u8> {
+/// An entry of a table of contents for `part`, stored at (offset, length).
+pub(crate) fn toc_entry(name: &str, flags: u32, part: &[u8], stored: (u64, u64)) -> Vec<u8> {
     let mut entry = vec![0; 128];
     entry[0..4].copy_from_slice(&flags.to_le_bytes());
     entry[8..8 + name.len()].copy_from_slice(name.as_bytes());
     entry[24..56].copy_from_slice(&super::DigestAlgorithm::Sha256.digest(part).0);
-    entry[56..64].copy_from_slice(&range.start.to_le_bytes());
-    entry[64..72].copy_from_slice(&range.end.wrapping_sub(range.start).to_le_bytes());
+    entry[56..64].copy_from_slice(&stored.0.to_le_bytes());
+    entry[64..72].copy_from_slice(&stored.1.to_le_bytes());
     entry[72..80].copy_from_slice(&(part.len() as u64).to_le_bytes());
     entry
 }
