@@ -300,8 +300,6 @@ pub const API_REPLY_MAX_BYTES: usize = 16 * MIB;
 pub const API_REPLY_HEADERS_MAX: usize = 32;
 /// mount(2) takes one page of options, NUL included; longer device lists are left to the kernel.
 pub const MOUNT_OPTIONS_MAX_BYTES: usize = 4095;
-/// The largest bootstrap `sluice` reads into memory: 1.2 GiB is an image of 10 million files.
-pub const BOOTSTRAP_FILE_MAX_BYTES: u64 = 2048 * MIB as u64;
 /// A text file of the kernel (`/proc`, `/boot/config-*`); the longest known is 300 KiB.
 pub const SYSTEM_TEXT_MAX_BYTES: u64 = 8 * MIB as u64;
 /// Open descriptors looked at while searching who holds the device.
@@ -316,3 +314,24 @@ pub const TREE_PATH_MAX_BYTES: usize = 32 * KIB;
 pub const MANIFEST_MAX_BYTES: usize = 4 * MIB;
 /// Bytes of unpacked tar read in search of a bootstrap.
 pub const LAYER_SCAN_MAX_BYTES: u64 = 4 * BOOTSTRAP_MAX_BYTES as u64;
+/// Threads that read and verify blobs at the same time.
+pub const CHECK_READERS_MAX: usize = 16;
+/// Bytes of a blob read at once while it is verified, unless one unit is longer:
+/// 16 readers x (16 MiB read + 16 MiB decoded + 32 MiB of decoder) = 1 GiB at the very worst.
+pub const CHECK_BATCH_BYTES: u64 = 4 * MIB as u64;
+/// Units closer together than this are read in one range.
+pub const CHECK_GAP_BYTES: u64 = 64 * KIB as u64;
+/// Bad chunks remembered per blob; more are counted.
+pub const CHECK_BAD_CHUNKS_MAX: usize = 10_000;
+/// Files named per bad chunk; more are counted.
+pub const CHECK_FILES_MAX: usize = 10;
+/// One range, manifest or bootstrap layer fetched by a command, retries included.
+pub const CLI_FETCH_DEADLINE_NS: u64 = 120 * SECOND_NS;
+/// A bootstrap layer is a tar.gz; compressed it is smaller than what it holds.
+pub const BOOTSTRAP_LAYER_MAX_BYTES: usize = 512 * MIB;
+/// A manifest or index; registries refuse larger ones themselves.
+pub const MANIFEST_MAX_BYTES: usize = 4 * MIB;
+/// Faults of an image's structure shown; more are counted.
+pub const CHECK_FAULTS_MAX: usize = 1000;
+/// Files shown as an image's largest.
+pub const INSPECT_LARGEST_FILES: usize = 10;

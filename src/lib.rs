@@ -5,8 +5,8 @@
 pub mod blob;
 pub mod cli;
 pub mod config;
-pub mod engine;
 pub mod daemon;
+pub mod engine;
 pub mod error;
 pub mod image;
 pub mod registry;

@@ -2,8 +2,8 @@
 //!
 //! Callers name a path below the socket; they get JSON or an error that says what the daemon said.
 //! Never waits longer than `API_CALL_TIMEOUT_MS` for one read or write and never holds more than
-//! `API_REPLY_MAX_BYTES`. Works with nydusd
-//! too: the paths, the codes and the error body are its own.
+//! `API_REPLY_MAX_BYTES`. Works with nydusd too: the paths, the codes and the error body are its
+//! own.
 
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;

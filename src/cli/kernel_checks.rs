@@ -102,7 +102,7 @@ pub fn device(device: &Device, modules: Option<&str>) -> Finding {
     let (level, found, advice) = match device {
         Device::Free => (Level::Ok, "can be opened".to_owned(), ""),
         Device::Held => (Level::Ok, "there, and in use (see holders)".to_owned(), ""),
-        Device::NotADevice => (Level::Fail, "is not a device".to_owned(), "remove what is there"),
+        Device::Other => (Level::Fail, "is not a device".to_owned(), "remove what is there"),
         Device::Absent if modules.is_some_and(|text| has_module(text, "cachefiles")) => {
             (Level::Fail, "absent".to_owned(), "modprobe cachefiles")
         }
@@ -268,7 +268,7 @@ mod tests {
         assert_eq!(device(&Device::Free, None).level, Level::Ok);
         assert!(device(&Device::Refused(libc::EPERM), None).advice.contains("root"));
         assert!(device(&Device::Refused(libc::EBUSY), None).found.contains("busy"));
-        assert_eq!(device(&Device::NotADevice, None).level, Level::Fail);
+        assert_eq!(device(&Device::Other, None).level, Level::Fail);
     }
 
     #[test]

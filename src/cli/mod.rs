@@ -4,16 +4,27 @@
 //! arguments make no sense) and what a person reads. Never decides about bytes: that is
 //! the business of the rooms below.
 
+mod blobs;
+mod bootstraps;
+mod check;
 mod client;
 mod daemon;
 mod doctor;
+mod fetch;
 mod host_checks;
+mod images;
+mod inspect;
 mod kernel_checks;
+mod mount;
 mod mounts;
 mod output;
 mod progress;
+mod source;
+mod stat;
+mod structure;
 mod system;
 mod umount;
+mod verify;
 
 pub use daemon::{cores_allowed, parse_cores};
 
@@ -65,8 +76,18 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<OsString>,
     },
+    /// Mount an image from a registry; its bytes arrive when somebody reads them.
+    Mount(mount::Options),
     /// Unmount an image and let the daemon forget it.
     Umount(umount::Options),
+    /// List what the daemon serves.
+    Images(images::Options),
+    /// Show the daemon's counters and latencies.
+    Stat(stat::Options),
+    /// Show what is in an image.
+    Inspect(inspect::Options),
+    /// Verify an image's structure and the digest of every chunk.
+    Check(check::Options),
     /// Find out what this machine lacks, and say what to do.
     Doctor(doctor::Options),
     /// Print the version.
@@ -109,7 +130,12 @@ fn dispatch(command: Command) -> Result<Verdict> {
     let verdict = match command {
         Command::Daemon(options) => daemon::run(&options),
         Command::Singleton { arguments } => daemon::run_nydusd(&arguments),
+        Command::Mount(options) => mount::run(&options, &mut out),
         Command::Umount(options) => umount::run(&options, &mut out),
+        Command::Images(options) => images::run(&options, &mut out),
+        Command::Stat(options) => stat::run(&options, &mut out),
+        Command::Inspect(options) => inspect::run(&options, &mut out),
+        Command::Check(options) => check::run(&options, &mut out),
         Command::Doctor(options) => doctor::run(&options, &mut out),
         Command::Version => {
             out.line(concat!("sluice ", env!("CARGO_PKG_VERSION")))?;

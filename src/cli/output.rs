@@ -1,8 +1,8 @@
 //! What commands print: lines, tables, JSON and human sizes.
 //!
 //! A reader that hangs up (`sluice images | head -1`) ends the printing, not the work: later lines
-//! go nowhere and the command still finishes what it was asked to do. Nothing here panics on a closed
-//! pipe; every other failure of standard output is an error.
+//! go nowhere and the command still finishes what it was asked to do. Nothing here panics on a
+//! closed pipe; every other failure of standard output is an error.
 
 use std::fmt::Write as _;
 use std::io::{ErrorKind, Write};

@@ -14,9 +14,9 @@ pub struct Progress {
 }
 
 impl Progress {
-    /// A bar for `total_bytes` of work named by one word.
-    pub fn new(work: &'static str, total_bytes: u64) -> Self {
-        let bar = ProgressBar::with_draw_target(Some(total_bytes), target());
+    /// A bar for work named by one word; how much it is, `expect` says.
+    pub fn new(work: &'static str) -> Self {
+        let bar = ProgressBar::with_draw_target(Some(0), target());
         let style = ProgressStyle::with_template(
             "{prefix} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}",
         );
@@ -25,6 +25,11 @@ impl Progress {
         }
         bar.set_prefix(work);
         Progress { bar }
+    }
+
+    /// So many more bytes are to be done.
+    pub fn expect(&self, bytes: u64) {
+        self.bar.inc_length(bytes);
     }
 
     /// So many more bytes are done.

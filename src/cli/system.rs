@@ -56,7 +56,7 @@ pub enum Device {
     #[default]
     Absent,
     /// Something else has that name.
-    NotADevice,
+    Other,
     /// It was opened and closed again.
     Free,
     /// It was not tried: `holders` says who has it.
@@ -186,7 +186,7 @@ fn modules_available(release: &str) -> Option<String> {
 fn device(path: &Path, holders: &[Process]) -> Device {
     match fs::metadata(path) {
         Err(_) => return Device::Absent,
-        Ok(metadata) if !metadata.file_type().is_char_device() => return Device::NotADevice,
+        Ok(metadata) if !metadata.file_type().is_char_device() => return Device::Other,
         Ok(_) if !holders.is_empty() => return Device::Held,
         Ok(_) => {}
     }
@@ -324,7 +324,7 @@ mod tests {
 
     #[test]
     fn a_plain_file_is_no_device() {
-        assert_eq!(device(Path::new("/proc/version"), &[]), Device::NotADevice);
+        assert_eq!(device(Path::new("/proc/version"), &[]), Device::Other);
         assert_eq!(device(Path::new("/nonexistent"), &[]), Device::Absent);
         let holder = Process { pid: 1, name: "other".to_owned() };
         assert_eq!(device(Path::new("/dev/null"), &[holder]), Device::Held);
