@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 const LZ4_BLOB: &str = "87e1f1ab466391410c6662b5a67d7ff6f1197a91e65e6bc184001eb2dde6bd0a";
+const ONE_IMAGE: &str = r#"[{"id":"demo","domain_id":"demo","blobs":[{"id":"b","size":4096}]}]"#;
 const TAR_GZ_BLOB: &str = "08807168adada4826de984acf3d96f1607a78af98ff1d1f6ccde6da1f38a9a17";
 
 fn sluice(arguments: &[&str]) -> Output {
@@ -53,20 +54,27 @@ fn flip(path: &str, offset: usize) {
     fs::write(path, bytes).expect("written");
 }
 
-/// Answers one connection at a fresh socket and gives back what was asked.
-fn daemon(answer: &'static str) -> (tempfile::TempDir, String, std::thread::JoinHandle<String>) {
+/// Answers connections at a fresh socket, each with the next of `answers` (an empty one is a 204), and
+/// gives back the heads of what was asked.
+fn daemon(
+    answers: &'static [&'static str],
+) -> (tempfile::TempDir, String, std::thread::JoinHandle<Vec<String>>) {
     let directory = tempfile::tempdir().expect("a directory");
     let path = directory.path().join("api.sock");
     let listener = UnixListener::bind(&path).expect("a socket");
-    let thread = std::thread::spawn(move || {
+    let serve = move |answer: &&str| {
         let (mut stream, _) = listener.accept().expect("a caller");
-        let mut request = vec![0; 4096];
+        let mut request = vec![0; 64 * 1024];
         let count = stream.read(&mut request).expect("a request");
-        let head = format!("HTTP/1.1 200 \r\nContent-Length: {}\r\n\r\n", answer.len());
+        let head = match answer.len() {
+            0 => "HTTP/1.1 204 \r\n\r\n".to_owned(),
+            size => format!("HTTP/1.1 200 \r\nContent-Length: {size}\r\n\r\n"),
+        };
         stream.write_all(head.as_bytes()).expect("sent");
         stream.write_all(answer.as_bytes()).expect("sent");
         String::from_utf8_lossy(&request[..count]).into_owned()
-    });
+    };
+    let thread = std::thread::spawn(move || answers.iter().map(serve).collect());
     (directory, path.to_str().expect("text").to_owned(), thread)
 }
 
@@ -255,15 +263,71 @@ fn a_daemon_that_is_not_there_is_said_with_what_to_do() {
 
 #[test]
 fn images_and_stat_show_what_the_daemon_answers() {
-    let answer = r#"[{"id":"demo","domain_id":"demo","blobs":[{"id":"b","size":4096}]}]"#;
-    let (_directory, socket, thread) = daemon(answer);
+    let (_directory, socket, thread) = daemon(&[ONE_IMAGE]);
     let output = sluice(&["images", "--apisock", &socket]);
     assert!(stdout(&output).contains("demo  demo"), "{}", stdout(&output));
-    assert!(thread.join().expect("asked").starts_with("GET /api/sluice/v1/images "));
-    let (_directory, socket, thread) = daemon(r#"{"upcalls":3,"read":{"p50_ns":1500}}"#);
+    assert!(thread.join().expect("asked")[0].starts_with("GET /api/sluice/v1/images "));
+    let (_directory, socket, thread) = daemon(&[r#"{"upcalls":3,"read":{"p50_ns":1500}}"#]);
     let output = sluice(&["stat", "--apisock", &socket]);
     assert!(stdout(&output).contains("1.5 us"), "{}", stdout(&output));
-    assert!(thread.join().expect("asked").starts_with("GET /api/sluice/v1/stat "));
+    assert!(thread.join().expect("asked")[0].starts_with("GET /api/sluice/v1/stat "));
+}
+
+#[test]
+fn a_mount_that_fails_is_unregistered_again() {
+    // There is no daemon behind the socket that has the device, so mount(2) cannot succeed.
+    let (_image, bootstrap, blobs) = copy("lz4-1m");
+    let (directory, socket, thread) = daemon(&[r#"{"state":"RUNNING"}"#, "", ""]);
+    let place = |name: &str| directory.path().join(name).to_str().expect("text").to_owned();
+    let (mountpoint, state) = (place("mnt"), place("state"));
+    fs::create_dir(&mountpoint).expect("made");
+    let id = format!("sluice-test-{}", std::process::id());
+    let output = sluice(&[
+        "mount",
+        "--bootstrap",
+        &bootstrap,
+        "--blobs",
+        &blobs,
+        "--state-dir",
+        &state,
+        "--id",
+        &id,
+        "--apisock",
+        &socket,
+        &mountpoint,
+    ]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).contains(&format!("cannot mount {id} at ")), "{}", stderr(&output));
+    let asked = thread.join().expect("asked three times");
+    assert!(asked[0].starts_with("GET /api/v1/daemon "), "{asked:?}");
+    assert!(asked[1].starts_with("PUT /api/v2/blobs "), "{asked:?}");
+    let (_, body) = asked[1].split_once("\r\n\r\n").expect("a body");
+    let entry: serde_json::Value = serde_json::from_str(body).expect("JSON");
+    assert_eq!((&entry["id"], &entry["domain_id"]), (&id.as_str().into(), &id.as_str().into()));
+    let stored = entry["config"]["metadata_path"].as_str().expect("a path");
+    assert_eq!(fs::read(stored).expect("stored"), fs::read(&bootstrap).expect("there"));
+    let delete = format!("DELETE /api/v2/blobs?domain_id={id}&blob_id={id} ");
+    assert!(asked[2].starts_with(&delete), "{asked:?}");
+}
+
+#[test]
+fn a_mount_without_a_place_for_it_asks_nobody() {
+    let (_image, bootstrap, blobs) = copy("lz4-1m");
+    for (mountpoint, text) in [("/nonexistent/x", "make it first"), ("/proc/version", "directory")]
+    {
+        let output = sluice(&[
+            "mount",
+            "--bootstrap",
+            &bootstrap,
+            "--blobs",
+            &blobs,
+            "--apisock",
+            "/nonexistent",
+            mountpoint,
+        ]);
+        assert_eq!(output.status.code(), Some(1));
+        assert!(stderr(&output).contains(text), "{}", stderr(&output));
+    }
 }
 
 #[test]

@@ -54,15 +54,14 @@ pub struct Options {
 
 /// Mounts.
 pub fn run(options: &Options, out: &mut Output) -> Result<Verdict> {
-    let (image, mountpoint) = names(options)?;
+    let (origin, mountpoint) = names(options)?;
     let mountpoint = directory(mountpoint)?;
     let api = options.daemon.api();
     // Before the download: without a daemon nothing else is worth a try.
     api.fetch("/api/v1/daemon")?;
-    let source = match (image, &options.bootstrap) {
-        (Some(image), _) => Source::of_image(image, &options.place)?,
-        (None, Some(file)) => Source::of_bootstrap(file, &options.place)?,
-        (None, None) => unreachable_names()?,
+    let source = match origin {
+        Origin::Image(name) => Source::of_image(name, &options.place)?,
+        Origin::Bootstrap(file) => Source::of_bootstrap(file, &options.place)?,
     };
     let blobs = blob_ids(&source.bootstrap)?;
     let stored = bootstraps::store(&options.state_dir, &source.bootstrap)?;
@@ -85,10 +84,16 @@ pub fn run(options: &Options, out: &mut Output) -> Result<Verdict> {
     Ok(Verdict::Good)
 }
 
-fn names(options: &Options) -> Result<(Option<&Path>, &Path)> {
+/// What the first name stands for.
+enum Origin<'a> {
+    Image(&'a Path),
+    Bootstrap(&'a Path),
+}
+
+fn names(options: &Options) -> Result<(Origin<'_>, &Path)> {
     match (options.names.as_slice(), &options.bootstrap) {
-        ([image, mountpoint], None) => Ok((Some(image), mountpoint)),
-        ([mountpoint], Some(_)) => Ok((None, mountpoint)),
+        ([image, mountpoint], None) => Ok((Origin::Image(image), mountpoint)),
+        ([mountpoint], Some(file)) => Ok((Origin::Bootstrap(file), mountpoint)),
         ([_], None) => Err(Error::Malformed(
             "give an image and a mountpoint, or --bootstrap FILE and a mountpoint".to_owned(),
         )),
@@ -96,10 +101,6 @@ fn names(options: &Options) -> Result<(Option<&Path>, &Path)> {
             "with --bootstrap there is no image to name, only a mountpoint".to_owned(),
         )),
     }
-}
-
-fn unreachable_names<T>() -> Result<T> {
-    Err(Error::Malformed("neither an image nor --bootstrap was given".to_owned()))
 }
 
 /// The kernel shows the resolved path in its mount table, so that is the one to remember.
@@ -126,6 +127,13 @@ fn check_name(option: &str, name: &str) -> Result<()> {
 
 fn blob_ids(bootstrap: &[u8]) -> Result<Vec<String>> {
     let bootstrap = Bootstrap::parse(bootstrap.to_vec())?;
+    if bootstrap.blobs().iter().any(|blob| blob.id.is_inlined_placeholder()) {
+        return Err(Error::Unsupported(
+            "this bootstrap was taken out of its blob and does not know the blob's id; name the \
+             file after it (<blob id>.boot)"
+                .to_owned(),
+        ));
+    }
     Ok(bootstrap.blobs().iter().map(|blob| blob.id.to_string()).collect())
 }
 

@@ -15,9 +15,10 @@ use super::blobs::Blobs;
 use super::fetch;
 use crate::config;
 use crate::error::{Error, Result};
+use crate::image::{BlobId, Bootstrap};
 use crate::registry::config::Backend;
 use crate::registry::origin::Scheme;
-use crate::registry::reference::Reference;
+use crate::registry::reference::{Reference, is_blob_id};
 
 /// Where an image's blobs are.
 #[derive(Args, Clone, Debug, Default)]
@@ -95,7 +96,7 @@ impl Source {
     }
 
     fn read(file: &Path, place: &Place) -> Result<Source> {
-        let bootstrap = read_bootstrap(file)?;
+        let bootstrap = with_blob_id(read_bootstrap(file)?, file);
         let (backend, blobs) = place.resolve()?;
         Ok(Source { bootstrap, backend, blobs })
     }
@@ -142,6 +143,18 @@ impl Place {
 fn registry_entry(scheme: Scheme, host: &str, repo: &str) -> Value {
     let config = json!({ "scheme": scheme.as_str(), "host": host, "repo": repo });
     json!({ "type": "registry", "config": config })
+}
+
+/// A bootstrap that was stored inside its own blob has a placeholder for the blob's id; the file's
+/// name up to the first dot is the id then, by nydus's convention. Anything else stays as it is.
+fn with_blob_id(bytes: Vec<u8>, file: &Path) -> Vec<u8> {
+    let stem = file.file_name().and_then(|name| name.to_str()?.split('.').next());
+    let id = stem.filter(|stem| is_blob_id(stem)).and_then(|stem| BlobId::parse(stem).ok());
+    let Some(id) = id else { return bytes };
+    match Bootstrap::parse(bytes.clone()).and_then(|parsed| parsed.with_inlined_id(&id)) {
+        Ok(named) => named.bytes().to_vec(),
+        Err(_) => bytes,
+    }
 }
 
 fn read_bootstrap(file: &Path) -> Result<Vec<u8>> {
@@ -207,6 +220,25 @@ mod tests {
         let file = tempfile::NamedTempFile::new().expect("a file");
         let error = Source::of_bootstrap(file.path(), &Place::default()).expect_err("refused");
         assert!(error.to_string().contains("--registry"), "{error}");
+    }
+
+    #[test]
+    fn a_bootstrap_out_of_its_blob_takes_the_id_of_its_file_name() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/lz4-1m/image.boot");
+        let whole = std::fs::read(path).expect("a fixture");
+        let id = Bootstrap::parse(whole.clone()).expect("parses").blobs()[0].id.to_string();
+        let at = |start: usize| {
+            (start..).find(|&at| whole[at..].starts_with(id.as_bytes())).expect("an id")
+        };
+        let first = at(0);
+        let second = at(first + 1);
+        let mut blank = whole.clone();
+        blank[first..first + 64].fill(b'x');
+        blank[second..second + 64].fill(b'x');
+        let named = format!("/somewhere/{id}.boot");
+        assert_eq!(with_blob_id(blank.clone(), Path::new(&named)), whole);
+        assert_eq!(with_blob_id(blank.clone(), Path::new("/x/image.boot")), blank);
+        assert_eq!(with_blob_id(vec![7; 10], Path::new(&named)), [7; 10]);
     }
 
     #[test]

@@ -249,18 +249,16 @@ fn cache_directory(path: &Path) -> Option<CacheDirectory> {
     })
 }
 
-/// The engine's operations, by the names an operator finds in io_uring's manual.
+/// Tries the engine's operations, by the names an operator finds in io_uring's manual.
 fn ring() -> Ring {
     use io_uring::{IoUring, Probe, opcode};
-    const NEEDED: [(u8, &str); 9] = [
-        (opcode::Accept::CODE, "accept"),
+    const NEEDED: [(u8, &str); 7] = [
         (opcode::Connect::CODE, "connect"),
         (opcode::Recv::CODE, "recv"),
         (opcode::Send::CODE, "send"),
         (opcode::Read::CODE, "read"),
         (opcode::Write::CODE, "write"),
         (opcode::PollAdd::CODE, "poll"),
-        (opcode::Timeout::CODE, "timeout"),
         (opcode::AsyncCancel::CODE, "cancel"),
     ];
     let errno = |error: std::io::Error| error.raw_os_error().unwrap_or(libc::EIO);
@@ -273,7 +271,12 @@ fn ring() -> Ring {
         return Ring::Refused(errno(error));
     }
     let missing = NEEDED.iter().filter(|(code, _)| !probe.is_supported(*code));
-    Ring::Works(missing.map(|(_, name)| *name).collect())
+    let missing: Vec<&str> = missing.map(|(_, name)| *name).collect();
+    // The engine asks for more than a ring: memory for its buffers, threads, an eventfd.
+    match crate::engine::block_on(|_| async {}) {
+        Err(error) if missing.is_empty() => Ring::Refused(error.errno()),
+        _ => Ring::Works(missing),
+    }
 }
 
 fn daemon(api: &Api) -> DaemonState {
