@@ -325,12 +325,13 @@ pub const CHECK_GAP_BYTES: u64 = 64 * KIB as u64;
 pub const CHECK_BAD_CHUNKS_MAX: usize = 10_000;
 /// Files named per bad chunk; more are counted.
 pub const CHECK_FILES_MAX: usize = 10;
-/// One range, manifest or bootstrap layer fetched by a command, retries included.
-pub const CLI_FETCH_DEADLINE_NS: u64 = 120 * SECOND_NS;
+/// One range, manifest or bootstrap layer fetched by a command, retries included, apart from the
+/// time its bytes take.
+pub const CLI_FETCH_DEADLINE_NS: u64 = 60 * SECOND_NS;
+/// Bytes per second below which a download is given up.
+pub const CLI_FETCH_SLOWEST_BYTES: u64 = 64 * KIB as u64;
 /// A bootstrap layer is a tar.gz; compressed it is smaller than what it holds.
 pub const BOOTSTRAP_LAYER_MAX_BYTES: usize = 512 * MIB;
-/// A manifest or index; registries refuse larger ones themselves.
-pub const MANIFEST_MAX_BYTES: usize = 4 * MIB;
 /// Faults of an image's structure shown; more are counted.
 pub const CHECK_FAULTS_MAX: usize = 1000;
 /// Files shown as an image's largest.

@@ -61,14 +61,19 @@ pub fn run(options: &Options) -> Result<Verdict> {
             Error::io(&error, format!("cannot make the directory {}", directory.display()))
         })?;
     }
-    let _ = config;
-    Ok(Verdict::Good)
+    serve(config)
 }
 
 /// The same, with nydusd's options (program name excluded).
 pub fn run_nydusd(arguments: &[OsString]) -> Result<Verdict> {
     let _ = arguments;
     Err(Error::Unsupported("`sluice singleton` is not part of this build".to_owned()))
+}
+
+/// Hands over to the daemon; back when it has stopped.
+fn serve(config: Config) -> Result<Verdict> {
+    let _ = config;
+    Err(Error::Unsupported("`sluice daemon` is not part of this build".to_owned()))
 }
 
 /// The CPUs this process may run on, ascending.

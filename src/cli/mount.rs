@@ -186,11 +186,15 @@ fn register_and_mount(
     entry: &Value,
     blobs: &[String],
 ) -> Result<()> {
-    let registered = match api.put("/api/v2/blobs", entry) {
-        Ok(_) => true,
-        // Left there by a mount that went away without us: the same digest, so the same image.
-        Err(Error::Exists(_)) => false,
-        Err(error) => return Err(error),
+    const PATH: &str = "/api/v2/blobs";
+    match api.put(PATH, entry) {
+        // Left there by a mount that went away without us. Its bytes are the same, its registry may
+        // not be: what is said now counts. Objects that are open keep what they were opened with.
+        Err(Error::Exists(_)) => {
+            umount::unregister(api, image)?;
+            api.put(PATH, entry)?
+        }
+        result => result?,
     };
     let Err(error) = mount_image(image, blobs) else { return Ok(()) };
     // Somebody else may have mounted it meanwhile; the kernel has one volume per image.
@@ -199,9 +203,9 @@ fn register_and_mount(
     {
         return Ok(());
     }
-    match registered.then(|| umount::unregister(api, image)) {
-        Some(Err(left)) => Err(error.context(format!("(and it stays registered: {left})"))),
-        _ => Err(error),
+    match umount::unregister(api, image) {
+        Err(left) => Err(error.context(format!("(and it stays registered: {left})"))),
+        Ok(()) => Err(error),
     }
 }
 
