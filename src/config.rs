@@ -336,3 +336,5 @@ pub const BOOTSTRAP_LAYER_MAX_BYTES: usize = 512 * MIB;
 pub const CHECK_FAULTS_MAX: usize = 1000;
 /// Files shown as an image's largest.
 pub const INSPECT_LARGEST_FILES: usize = 10;
+/// How long GET stat waits for the cores.
+pub const STATISTICS_WAIT_MS: u64 = 500;

@@ -163,8 +163,8 @@ pub struct CoreStatistics {
     stages: Vec<Histogram<u64>>,
     /// Requests to registries by size class, then latency class.
     pub requests: [[u64; 8]; 8],
-    /// The sum of all requests' latencies.
-    pub requests_total_ns: u64,
+    /// The time all requests of a size class took together.
+    pub request_ns: [u64; 8],
 }
 
 impl Default for CoreStatistics {
@@ -174,7 +174,7 @@ impl Default for CoreStatistics {
                 .expect("invariant: the bounds are constants that make a histogram")
         };
         let stages = (0..Stage::COUNT).map(|_| histogram()).collect();
-        Self { stages, requests: [[0; 8]; 8], requests_total_ns: 0 }
+        Self { stages, requests: [[0; 8]; 8], request_ns: [0; 8] }
     }
 }
 
@@ -191,7 +191,7 @@ impl CoreStatistics {
         let elapsed_ms = elapsed_ns.div_ceil(1_000_000);
         let latency_class = LATENCY_CLASS_MS.partition_point(|&bound| bound < elapsed_ms);
         self.requests[size_class][latency_class] += 1;
-        self.requests_total_ns = self.requests_total_ns.saturating_add(elapsed_ns);
+        self.request_ns[size_class] = self.request_ns[size_class].saturating_add(elapsed_ns);
     }
 
     /// Adds what another core measured.
@@ -202,7 +202,9 @@ impl CoreStatistics {
         for (mine, theirs) in self.requests.iter_mut().zip(&other.requests) {
             mine.iter_mut().zip(theirs).for_each(|(mine, theirs)| *mine += theirs);
         }
-        self.requests_total_ns = self.requests_total_ns.saturating_add(other.requests_total_ns);
+        for (mine, theirs) in self.request_ns.iter_mut().zip(&other.request_ns) {
+            *mine = mine.saturating_add(*theirs);
+        }
     }
 
     /// The histogram of a stage.
