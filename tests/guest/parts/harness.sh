@@ -1,0 +1,236 @@
+# What every suite in this folder stands on: checks, the daemon, the registries, mounts, and an end that cleans up.
+# Runs inside the guest as root. A suite sources it, makes its checks, and ends with `finish`.
+# Expects: /guest/suite (this folder), /fixtures/small, perhaps /fixtures/large, sluice and registryd in the PATH.
+
+# shellcheck shell=bash
+
+PARTS=/guest/suite/parts
+SOCKET=/run/sluice.sock
+CACHE=/cache/fscache
+DAEMON_LOG=/tmp/daemon.log
+# Under emulation a daemon takes its time to start; nothing here waits this long unless something is wrong.
+PATIENCE_S=30
+
+passed=0 failed=0 daemon_pid="" registry_pid="" control=""
+
+ok() {
+    passed=$((passed + 1))
+    echo "ok $1"
+}
+
+bad() {
+    failed=$((failed + 1))
+    echo "FAIL $1: ${2:-}"
+}
+
+# check NAME COMMAND...: the command's success is the check; what it printed is the reason.
+check() {
+    local name=$1 output
+    shift
+    if output=$("$@" 2>&1); then
+        ok "$name"
+    else
+        bad "$name" "$(tail -n 8 <<<"$output")"
+    fi
+}
+
+# refuse NAME COMMAND...: the command must fail, and by itself, not by a signal or a time limit.
+refuse() {
+    local name=$1 output status
+    shift
+    output=$(timeout "$PATIENCE_S" "$@" 2>&1)
+    status=$?
+    if [ "$status" -ge 1 ] && [ "$status" -lt 124 ]; then
+        ok "$name"
+    else
+        bad "$name" "status $status: $(tail -n 5 <<<"$output")"
+    fi
+}
+
+# wait_for WHAT COMMAND...: polls until the command succeeds.
+wait_for() {
+    local what=$1 deadline=$((SECONDS + PATIENCE_S))
+    shift
+    until "$@" >/dev/null 2>&1; do
+        if [ "$SECONDS" -ge "$deadline" ]; then
+            echo "$what did not happen within $PATIENCE_S s"
+            return 1
+        fi
+        sleep 0.1
+    done
+}
+
+# --- the daemon
+
+daemon_start() {
+    mkdir -p "$CACHE"
+    sluice daemon --fscache "$CACHE" --apisock "$SOCKET" --state-dir /cache/state "$@" >>"$DAEMON_LOG" 2>&1 &
+    daemon_pid=$!
+    wait_for "the daemon's API" api GET /api/v1/daemon
+}
+
+daemon_alive() {
+    kill -0 "$daemon_pid" && api GET /api/v1/daemon
+}
+
+# Orderly, and in bounded time: the exit status is the daemon's own.
+daemon_stop() {
+    local pid=$daemon_pid
+    kill -TERM "$pid" 2>/dev/null
+    wait_for "the daemon's end" gone "$pid" || return 1
+    wait "$pid"
+}
+
+gone() {
+    ! kill -0 "$1" 2>/dev/null || grep -q '^State:.Z' "/proc/$1/status"
+}
+
+# api METHOD PATH [FILE]: prints the body; succeeds on 2xx.
+api() {
+    local -a body=()
+    [ $# -lt 3 ] || body=(-d "@$3")
+    curl -s -S --fail-with-body --max-time 20 --unix-socket "$SOCKET" -X "$1" "${body[@]}" "http://localhost$2"
+}
+
+# api_status METHOD PATH [FILE]: prints the status alone.
+api_status() {
+    local -a body=()
+    [ $# -lt 3 ] || body=(-d "@$3")
+    curl -s -o /dev/null -w '%{http_code}' --max-time 20 --unix-socket "$SOCKET" -X "$1" "${body[@]}" \
+        "http://localhost$2"
+}
+
+# counter NAME: the daemon's count.
+counter() {
+    sluice stat --json --apisock "$SOCKET" | python3 -c "
+import json, sys
+print(json.load(sys.stdin)['counters']['$1'])"
+}
+
+# --- images
+
+# register ID DOMAIN BOOTSTRAP HOST REPO: the guide's PUT.
+register() {
+    cat >/tmp/image.json <<TXT
+{"type":"bootstrap","id":"$1","domain_id":"$2","config":{"id":"factory1","backend_type":"registry","backend_config":
+{"scheme":"http","host":"$4","repo":"$5"},"cache_type":"fscache","cache_config":{"work_dir":"/tmp"},
+"metadata_path":"$3"}}
+TXT
+    api PUT /api/v2/blobs /tmp/image.json
+}
+
+unregister() {
+    api DELETE "/api/v2/blobs?domain_id=$1"
+}
+
+# mount_image ID DOMAIN BLOB PLACE: the guide's mount.
+mount_image() {
+    mkdir -p "$4"
+    timeout "$PATIENCE_S" mount -t erofs -o "fsid=$1,domain_id=$2,device=$3" none "$4"
+}
+
+# bring ID BOOTSTRAP BLOB HOST REPO PLACE: both in one.
+bring() {
+    register "$1" "$1" "$2" "$4" "$5" && mount_image "$1" "$1" "$3" "$6"
+}
+
+take_away() { # ID PLACE
+    umount "$2" && unregister "$1"
+}
+
+forget_pages() {
+    sync
+    echo 3 >/proc/sys/vm/drop_caches
+}
+
+# The blob id of an image folder: its one data blob, or for zran the layer that it refers to.
+blob_of() {
+    case "$1" in
+        */zran) sha256sum <"${1%/zran}/source.tar.gz" | cut -d ' ' -f 1 ;;
+        *) basename "$(ls -d "$1"/????????????????????????????????????????????????????????????????)" ;;
+    esac
+}
+
+# Every path with everything a faithful image preserves. The root's mtime is the one thing images do not keep.
+same_tree() { # PLACE TREE_TXT
+    local without_mtime="s/^('\\.' 0o[0-7]+ [0-9]+:[0-9]+) [0-9]+/\\1/"
+    python3 /fixtures/small/list.py "$1" >/tmp/listed || return 1
+    diff <(sed -E "$without_mtime" /tmp/listed | LC_ALL=C sort) <(sed -E "$without_mtime" "$2" | LC_ALL=C sort) |
+        head -n 10
+    return "${PIPESTATUS[0]}"
+}
+
+# --- registries
+
+# Debian's docker-registry, filled the way any client fills it. Its access log is the count of requests.
+docker_registry_start() {
+    cat >/tmp/registry.yml <<TXT
+version: 0.1
+log: {level: error}
+storage: {filesystem: {rootdirectory: /cache/registry}}
+http: {addr: 127.0.0.1:5000}
+TXT
+    docker-registry serve /tmp/registry.yml >/tmp/registry.log 2>&1 &
+    registry_pid=$!
+    wait_for "docker-registry" curl -sf http://127.0.0.1:5000/v2/
+}
+
+# The log is written after the answer was sent: wait until it has stood still.
+requests_seen() {
+    local before=-1 now
+    now=$(grep -c '"GET /v2/' /tmp/registry.log)
+    until [ "$now" = "$before" ]; do
+        sleep 0.3
+        before=$now
+        now=$(grep -c '"GET /v2/' /tmp/registry.log)
+    done
+    echo "$now"
+}
+
+push() { # HOST REPO TAG IMAGE_DIR [EXTRA_BLOB]
+    python3 "$PARTS/push.py" "$@"
+}
+
+# registryd_start ROOT: sets `registry` (HOST:PORT) and `control`.
+registryd_start() {
+    registryd --root "$1" >/tmp/registryd.json 2>/tmp/registryd.log &
+    registry_pid=$!
+    wait_for "registryd" grep -q control /tmp/registryd.json || return 1
+    registry=$(python3 -c 'import json; print(json.load(open("/tmp/registryd.json"))["address"])')
+    control=$(python3 -c 'import json; print(json.load(open("/tmp/registryd.json"))["control"])')
+}
+
+break_registry() { # RULES
+    curl -s -S -f -X PUT -d "$1" "http://$control/_registryd/faults"
+}
+
+heal_registry() {
+    curl -s -S -f -X DELETE "http://$control/_registryd/faults"
+}
+
+# --- the end
+
+nothing_left() {
+    local left
+    left=$({ grep ' erofs ' /proc/mounts; pgrep -a '^sluice'; ls "$SOCKET"; } 2>/dev/null)
+    [ -z "$left" ] || { echo "left behind: $left"; return 1; }
+}
+
+finish() {
+    local place
+    check "nothing is left behind" nothing_left
+    for place in $(awk '$3 == "erofs" { print $2 }' /proc/mounts); do
+        umount -l "$place"
+    done
+    [ -z "$daemon_pid" ] || kill -KILL "$daemon_pid" 2>/dev/null
+    [ -z "$registry_pid" ] || kill -KILL "$registry_pid" 2>/dev/null
+    if [ "$failed" != 0 ]; then
+        echo "--- the end of the daemon's log"
+        tail -n 40 "$DAEMON_LOG"
+        echo "--- the end of the kernel's log"
+        dmesg | tail -n 15
+    fi
+    echo "$passed passed, $failed failed"
+    [ "$failed" = 0 ]
+    exit
+}
