@@ -10,3 +10,5 @@ pub mod engine;
 pub mod error;
 pub mod image;
 pub mod registry;
+pub mod store;
+pub mod upcall;

@@ -1,6 +1,21 @@
-//! What is known about images and blobs, and who fetches what, in which order.
+//! Policy: what is known about images and blobs, which bytes are here, who fetches the rest, in which
+//! order.
+//!
+//! A fault is the function in `serve.rs`, a fetch the one in `fetch.rs`; `map.rs` is the only memory
+//! of the fault path that several cores write.
 
 pub mod catalog;
+pub mod crew;
+mod fetch;
+pub mod flight;
 pub mod journal;
+pub mod load;
+pub mod map;
+pub mod open;
+pub mod plan;
+mod prefetch;
 pub mod registration;
+pub mod schedule;
+mod serve;
 pub mod statistics;
+pub mod workbench;

@@ -24,6 +24,8 @@ pub struct Wake {
     eventfd: EventFd,
     is_sleeping: AtomicBool,
     has_mail: AtomicBool,
+    /// Set when the core has ended: nobody reads its mail any more.
+    is_closed: AtomicBool,
 }
 
 impl Wake {
@@ -33,7 +35,8 @@ impl Wake {
         let eventfd = EventFd::from_flags(EfdFlags::EFD_CLOEXEC)
             .map_err(|errno| Error::system(errno as i32, "cannot make an eventfd"))?;
         let (is_sleeping, has_mail) = (AtomicBool::new(false), AtomicBool::new(false));
-        Ok(Arc::new(Wake { eventfd, is_sleeping, has_mail }))
+        let is_closed = AtomicBool::new(false);
+        Ok(Arc::new(Wake { eventfd, is_sleeping, has_mail, is_closed }))
     }
 
     /// Makes the core look at its mail, waking it when it sleeps.
@@ -63,6 +66,11 @@ impl Wake {
             self.is_sleeping.store(false, Ordering::Relaxed);
         }
         may_sleep
+    }
+
+    /// The core has ended.
+    pub(super) fn close(&self) {
+        self.is_closed.store(true, Ordering::Relaxed);
     }
 
     pub(super) fn end_sleep(&self) {
@@ -105,6 +113,11 @@ impl<M> Clone for Sender<M> {
 }
 
 impl<M> Sender<M> {
+    /// Whether the receiver is known to be gone.
+    pub fn is_closed(&self) -> bool {
+        self.bell.0.is_closed.load(Ordering::Relaxed)
+    }
+
     /// Sends without waiting; gives the message back when the box is full or the core is gone.
     pub fn send(&self, message: M) -> std::result::Result<(), M> {
         match self.channel.try_send(message) {

@@ -190,6 +190,7 @@ impl Core {
 
     /// Ends everything: drops the tasks, cancels what flies, and waits for the last completion.
     pub fn shut_down(&self) {
+        self.0.wake.close();
         // Dropped outside the borrow: a task's drop glue cancels operations and wakes others.
         let bodies = self.0.tasks.borrow_mut().take_bodies();
         drop(bodies);

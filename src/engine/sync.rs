@@ -184,18 +184,19 @@ impl Drop for Permit<'_> {
     }
 }
 
-/// A bounded queue between tasks of one core.
+/// A bounded queue between tasks of one core. An arrival wakes one waiter, the latest to come: its
+/// memory is the warmest.
 pub struct Queue<T> {
     items: RefCell<VecDeque<T>>,
     capacity: usize,
-    arrival: Notify,
+    waiters: RefCell<Vec<TaskId>>,
 }
 
 impl<T> Queue<T> {
     /// Room for so many.
     pub fn new(capacity: usize) -> Self {
         let items = RefCell::new(VecDeque::with_capacity(capacity));
-        Queue { items, capacity, arrival: Notify::default() }
+        Queue { items, capacity, waiters: RefCell::default() }
     }
 
     /// Puts an item at the end; gives it back when the queue is full.
@@ -204,7 +205,9 @@ impl<T> Queue<T> {
             return Err(item);
         }
         self.items.borrow_mut().push_back(item);
-        self.arrival.wake_all(core);
+        if let Some(task) = self.waiters.borrow_mut().pop() {
+            core.schedule(task);
+        }
         Ok(())
     }
 
@@ -215,14 +218,21 @@ impl<T> Queue<T> {
         items.remove(place)
     }
 
-    /// Waits for an item that `wanted` accepts.
+    /// Waits for an item that `wanted` accepts. All waiters of a queue want the same, so that the one
+    /// woken for an item may stand for all; whoever makes an item acceptable later takes it itself.
     pub async fn pop(&self, core: &Core, wanted: impl Fn(&T) -> bool) -> T {
-        loop {
+        std::future::poll_fn(|_| {
             if let Some(item) = self.take(&wanted) {
-                return item;
+                return Poll::Ready(item);
             }
-            self.arrival.wait(core).await;
-        }
+            let task = core.current_task();
+            let mut waiters = self.waiters.borrow_mut();
+            if !waiters.contains(&task) {
+                waiters.push(task);
+            }
+            Poll::Pending
+        })
+        .await
     }
 
     /// Items waiting.

@@ -1,0 +1,184 @@
+//! One core's crew: what its tasks share, and the messages cores send each other.
+//!
+//! Fixed at start: fetchers, a mail task, a prefetch task. A crew belongs to its core and is passed as
+//! `&Rc<Crew>`; other cores reach it only through its mailbox.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use super::catalog::Catalog;
+use super::flight::{FlightId, Flights, RemoteWaiter};
+use super::journal::Journal;
+use super::map::ChunkState;
+use super::open::OpenBlob;
+use super::statistics::{CoreCounters, CoreStatistics, SnapshotRequest, Stage};
+use super::workbench::Workbench;
+use crate::config::{
+    AHEAD_FETCHERS, DEMAND_FETCHERS, FLIGHT_SLOTS, LANDINGS, LARGE_LANDINGS, PREFETCH_QUEUE,
+};
+use crate::engine::mesh::{Receiver, Sender};
+use crate::engine::sync::{Gate, Notify, Permits, Queue};
+use crate::engine::{Core, CoreId, Lane};
+use crate::image::identity::ChunkIndex;
+use crate::registry::client::Client;
+
+/// A message to a core.
+pub enum Mail {
+    /// Tell `from` when this chunk, claimed by the receiver, has settled.
+    Await {
+        /// The blob.
+        blob: Arc<OpenBlob>,
+        /// Who waits for which chunk.
+        waiter: RemoteWaiter,
+    },
+    /// A chunk the receiver waits for has settled.
+    Settled,
+    /// Hand over a copy of the core's statistics.
+    Snapshot(SnapshotRequest),
+    /// Let nobody new in, finish, end.
+    Stop,
+}
+
+/// What the cores of a daemon share, and what a crew is made of.
+pub struct CrewParts {
+    /// The registry client of this core.
+    pub client: Rc<Client>,
+    /// This core's counters.
+    pub counters: CoreCounters,
+    /// The log.
+    pub journal: Arc<Journal>,
+    /// What is registered.
+    pub catalog: Arc<Catalog>,
+    /// All cores' mailboxes by core number, the own one included.
+    pub cores: Vec<Sender<Mail>>,
+    /// A fault is answered within this time.
+    pub fault_deadline_ns: u64,
+}
+
+/// What the tasks of one core share.
+pub struct Crew {
+    /// The core.
+    pub core: Core,
+    /// What was given at start.
+    pub parts: CrewParts,
+    /// This core's measurements.
+    pub statistics: RefCell<CoreStatistics>,
+    /// Fetches in progress.
+    pub flights: Flights,
+    /// Flights somebody waits for, not yet taken by a fetcher.
+    pub demand: Queue<FlightId>,
+    /// Flights nobody waits for yet.
+    pub ahead: Queue<FlightId>,
+    /// Blobs to prefetch.
+    pub prefetch: Queue<Arc<OpenBlob>>,
+    /// Bodies arriving at once.
+    pub landings: Permits,
+    /// Of these, the ones with large leases.
+    pub large_landings: Permits,
+    /// Workbenches that nobody uses at the moment.
+    pub benches: RefCell<Vec<Box<Workbench>>>,
+    /// Everything that must end before the core may go.
+    pub gate: Gate,
+    /// Set when the daemon stops.
+    pub stopping: Notify,
+    /// Woken when a chunk claimed by another core has settled.
+    pub news: Notify,
+    /// Routes of the flights that fetchers hold, for the limit per route.
+    pub busy_routes: RefCell<Vec<usize>>,
+}
+
+impl Crew {
+    /// A crew that does nothing yet.
+    pub fn new(core: &Core, parts: CrewParts) -> Rc<Crew> {
+        Rc::new(Crew {
+            core: core.clone(),
+            parts,
+            statistics: RefCell::default(),
+            flights: Flights::default(),
+            demand: Queue::new(FLIGHT_SLOTS),
+            ahead: Queue::new(FLIGHT_SLOTS),
+            prefetch: Queue::new(PREFETCH_QUEUE),
+            landings: Permits::new(LANDINGS),
+            large_landings: Permits::new(LARGE_LANDINGS),
+            benches: RefCell::new(Vec::with_capacity(LANDINGS)),
+            gate: Gate::default(),
+            stopping: Notify::default(),
+            news: Notify::default(),
+            busy_routes: RefCell::new(Vec::with_capacity(DEMAND_FETCHERS + AHEAD_FETCHERS)),
+        })
+    }
+
+    /// Spawns the crew's tasks. `is_over` is told when the core has stopped.
+    pub fn start(self: &Rc<Self>, mail: Receiver<Mail>, is_over: Rc<dyn Fn()>) {
+        for _ in 0..DEMAND_FETCHERS {
+            let crew = Rc::clone(self);
+            self.core.spawn(Lane::Demand, async move { crew.fetch_for(Lane::Demand).await });
+        }
+        for _ in 0..AHEAD_FETCHERS {
+            let crew = Rc::clone(self);
+            self.core.spawn(Lane::Background, async move { crew.fetch_for(Lane::Background).await });
+        }
+        let crew = Rc::clone(self);
+        self.core.spawn(Lane::Background, async move { crew.prefetch_all().await });
+        let crew = Rc::clone(self);
+        self.core.spawn(Lane::Demand, async move { crew.read_mail(mail, is_over).await });
+        let crew = Rc::clone(self);
+        self.core.spawn(Lane::Background, async move {
+            crew.parts.client.maintain(&crew.core).await;
+        });
+    }
+
+    /// This core's number.
+    pub fn id(&self) -> CoreId {
+        self.core.id()
+    }
+
+    /// Records how long a stage took.
+    pub fn record(&self, stage: Stage, since_ns: u64) {
+        let elapsed_ns = self.core.now().saturating_sub(since_ns);
+        self.statistics.borrow_mut().record(stage, elapsed_ns);
+    }
+
+    /// Tells everybody who waits for chunks of a flight that some have settled.
+    pub fn announce(&self, id: FlightId, blob: &OpenBlob) {
+        let me = self.id();
+        let is_settled = |chunk| blob.map.state(chunk) != ChunkState::Claimed(me);
+        self.flights.wake(&self.core, id, is_settled, |waiter| {
+            // A full mailbox loses the message; the waiter looks again by time.
+            let _ = self.parts.cores[usize::from(waiter.core.0)].send(Mail::Settled);
+        });
+    }
+
+    /// Asks the core that claimed a chunk for news of it; lost messages are made up for by time.
+    pub fn ask(&self, owner: CoreId, blob: &Arc<OpenBlob>, chunk: ChunkIndex) {
+        let waiter = RemoteWaiter { core: self.id(), chunk };
+        let mail = Mail::Await { blob: Arc::clone(blob), waiter };
+        let _ = self.parts.cores[usize::from(owner.0)].send(mail);
+    }
+
+    async fn read_mail(&self, mail: Receiver<Mail>, is_over: Rc<dyn Fn()>) {
+        while let Some(message) = mail.receive(&self.core).await {
+            match message {
+                Mail::Await { blob, waiter } => self.enlist(&blob, waiter),
+                Mail::Settled => self.news.wake_all(&self.core),
+                Mail::Snapshot(request) => request.answer(&self.statistics.borrow()),
+                Mail::Stop => break,
+            }
+        }
+        self.stopping.wake_all(&self.core);
+        let deadline_ns = self.core.now() + crate::config::STOP_DEADLINE_NS;
+        self.gate.close(&self.core, deadline_ns).await;
+        self.parts.client.close();
+        is_over();
+    }
+
+    fn enlist(&self, blob: &Arc<OpenBlob>, waiter: RemoteWaiter) {
+        let is_mine = blob.map.state(waiter.chunk) == ChunkState::Claimed(self.id());
+        let flight = is_mine.then(|| self.flights.find(blob, waiter.chunk)).flatten();
+        let is_enlisted = flight.is_some_and(|id| self.flights.add_remote(id, waiter));
+        if !is_enlisted {
+            let _ = self.parts.cores[usize::from(waiter.core.0)].send(Mail::Settled);
+        }
+    }
+}

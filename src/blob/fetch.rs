@@ -1,0 +1,290 @@
+//! The story of one flight: GET, decode, verify, fill, publish, and what happens when a step fails.
+//!
+//! The first unit of a flight is filled and published alone, because somebody may wait for just that;
+//! what has arrived by then goes in long writes. Bytes that fail their digest are asked for again, a
+//! unit at a time; other units of the flight are not held up. Whatever happens, a flight settles
+//! every chunk it claimed and wakes everybody.
+
+use std::rc::Rc;
+use std::sync::Arc;
+
+use super::crew::Crew;
+use super::flight::{FlightId, Plan};
+use super::plan::extent;
+use super::serve::release_unit;
+use super::statistics::{Counter, Stage};
+use super::workbench::{Batch, Workbench};
+use crate::config::{
+    BODY_TRIES, DECODE_INLINE_MAX_BYTES, DIGEST_TRIES, FETCHERS_PER_ROUTE, MILLISECOND_NS,
+    RANGE_LEASE_SIZE,
+};
+use crate::engine::{Class, Lane, Lease};
+use crate::error::{Error, Result};
+use crate::image::identity::ChunkIndex;
+use crate::registry::client::{BlobRef, Body};
+
+/// One attempt at a row of units of a flight.
+struct Attempt<'a> {
+    id: FlightId,
+    plan: &'a Plan,
+    /// The first unit that has not been settled.
+    next: u32,
+    /// Behind the last unit.
+    end: u32,
+    /// Units whose bytes were wrong.
+    failed: Vec<u32>,
+}
+
+/// The buffers of a body that is arriving.
+struct Landing {
+    input: Lease,
+    output: Lease,
+    bench: Box<Workbench>,
+}
+
+impl Crew {
+    /// A fetcher: takes flights of its lane, one at a time, for ever.
+    pub(super) async fn fetch_for(self: &Rc<Self>, lane: Lane) {
+        let queue = match lane {
+            Lane::Demand => &self.demand,
+            Lane::Background => &self.ahead,
+        };
+        loop {
+            let has_room = |&id: &FlightId| {
+                self.flights.matches(id, |plan| self.has_fetchers_left(route_key(plan)))
+            };
+            let id = queue.pop(&self.core, has_room).await;
+            let plan = self.flights.plan(id);
+            self.busy_routes.borrow_mut().push(route_key(&plan));
+            self.fly(id, &plan).await;
+            let mut busy = self.busy_routes.borrow_mut();
+            let place = busy.iter().position(|&key| key == route_key(&plan));
+            busy.swap_remove(place.expect("pushed above"));
+        }
+    }
+
+    fn has_fetchers_left(&self, key: usize) -> bool {
+        let busy = self.busy_routes.borrow();
+        busy.iter().filter(|&&other| other == key).count() < FETCHERS_PER_ROUTE
+    }
+
+    async fn fly(self: &Rc<Self>, id: FlightId, plan: &Plan) {
+        let _inside = self.gate.enter(&self.core);
+        let units = plan.run.units.clone();
+        let mut attempt =
+            Attempt { id, plan, next: units.start, end: units.end, failed: Vec::new() };
+        self.fetch_run(&mut attempt).await;
+        let failed = std::mem::take(&mut attempt.failed);
+        for unit in failed {
+            self.fetch_again(id, plan, unit).await;
+        }
+        for unit in plan.run.units.clone() {
+            release_unit(&plan.blob, &plan.layout.unit(unit), self.id());
+        }
+        self.announce(id, &plan.blob);
+        self.flights.end(id);
+    }
+
+    /// Fetches one unit alone whose bytes were wrong the first time.
+    async fn fetch_again(self: &Rc<Self>, id: FlightId, plan: &Plan, unit: u32) {
+        for _ in 1..DIGEST_TRIES {
+            let mut attempt = Attempt { id, plan, next: unit, end: unit + 1, failed: Vec::new() };
+            self.parts.counters.count(Counter::Retries);
+            self.fetch_run(&mut attempt).await;
+            if attempt.failed.is_empty() {
+                return;
+            }
+        }
+    }
+
+    /// Lands units until none is left; a body that breaks off is asked for again from there.
+    async fn fetch_run(self: &Rc<Self>, attempt: &mut Attempt<'_>) {
+        let deadline_ns = attempt.plan.deadline_ns;
+        let mut tries = 0;
+        while attempt.next < attempt.end {
+            let Err(error) = self.land(attempt).await else { continue };
+            tries += 1;
+            let is_over = self.core.now() >= deadline_ns || self.gate.is_closed();
+            if !error.is_transient() || tries >= BODY_TRIES || is_over {
+                self.parts.journal.error(format!(
+                    "{}, units {}..{}: {error}",
+                    attempt.plan.blob.name(),
+                    attempt.next,
+                    attempt.end
+                ));
+                return;
+            }
+            self.parts.counters.count(Counter::Retries);
+            let pause_ns = (10 << tries) * MILLISECOND_NS + self.core.random() % MILLISECOND_NS;
+            let wake_ns = (self.core.now() + pause_ns).min(deadline_ns);
+            // A sleep ends by its time, whatever happens.
+            let _ = self.core.sleep_until(wake_ns).await;
+        }
+    }
+
+    /// One GET: from the first unsettled unit to the end of the attempt.
+    async fn land(self: &Rc<Self>, attempt: &mut Attempt<'_>) -> Result<()> {
+        let Plan { blob, layout, run, lane, deadline_ns } = attempt.plan;
+        let start = layout.unit(attempt.next).compressed_offset;
+        let range = start..extent(&layout.unit(attempt.end - 1)).end;
+        let size = (range.end - range.start) as usize;
+        let began_ns = self.core.now();
+        let blob_ref = BlobRef { id: blob.id().as_str() };
+        let client = &self.parts.client;
+        let mut body =
+            client.open(&self.core, &blob.route, blob_ref, range, *deadline_ns, *lane).await?;
+        self.record(Stage::FirstByte, began_ns);
+
+        let _landing = self.landings.acquire(&self.core).await;
+        let is_large = size.max(run.output_size_max as usize) > RANGE_LEASE_SIZE;
+        let _large = match is_large {
+            true => Some(self.large_landings.acquire(&self.core).await),
+            false => None,
+        };
+        let input = self.lease_of(*lane, size).await?;
+        let output = self.lease_of(*lane, run.output_size_max as usize).await?;
+        let bench = self.benches.borrow_mut().pop().unwrap_or_default();
+        let mut landing = Landing { input, output, bench };
+        let landed;
+        (landing, landed) = self.receive(attempt, landing, &mut body, start, size).await;
+        self.benches.borrow_mut().push(landing.bench);
+        landed?;
+        body.finish();
+        let elapsed_ns = self.core.now().saturating_sub(began_ns);
+        self.statistics.borrow_mut().record_request(size as u64, elapsed_ns);
+        Ok(())
+    }
+
+    /// Takes the body in and settles the units as they become whole.
+    async fn receive(
+        self: &Rc<Self>,
+        attempt: &mut Attempt<'_>,
+        mut landing: Landing,
+        body: &mut Body,
+        start: u64,
+        size: usize,
+    ) -> (Landing, Result<()>) {
+        let layout = &attempt.plan.layout;
+        let (mut landed, mut is_first) = (0, true);
+        while attempt.next < attempt.end {
+            let needed = (extent(&layout.unit(attempt.next)).end - start) as usize;
+            while landed < needed {
+                let got;
+                (landing.input, got) =
+                    body.read_into(&self.core, landing.input, landed..size).await;
+                match got {
+                    Ok(count) => {
+                        landed += count;
+                        self.parts.counters.add(Counter::BytesFetched, count as u64);
+                    }
+                    Err(error) => return (landing, Err(error)),
+                }
+            }
+            let end = if is_first { attempt.next + 1 } else { attempt.end };
+            is_first = false;
+            let room = landing.output.len();
+            let landed_end = start + landed as u64;
+            let batch = Batch::longest(layout, attempt.next, end, start, landed_end, room);
+            let settled;
+            (landing, settled) = self.settle_batch(attempt, landing, batch).await;
+            if let Err(error) = settled {
+                return (landing, Err(error));
+            }
+        }
+        (landing, Ok(()))
+    }
+
+    /// Decodes, verifies, fills and publishes units that have arrived.
+    async fn settle_batch(
+        self: &Rc<Self>,
+        attempt: &mut Attempt<'_>,
+        mut landing: Landing,
+        batch: Batch,
+    ) -> (Landing, Result<()>) {
+        let Plan { blob, layout, .. } = attempt.plan;
+        let began_ns = self.core.now();
+        landing = self.decode(attempt.plan, landing, batch.clone()).await;
+        self.record(Stage::Decode, began_ns);
+        self.report(attempt, &landing.bench);
+        for place in 0..landing.bench.segments.len() {
+            let segment = landing.bench.segments[place].clone();
+            let offset = batch.output_start + segment.bytes.start as u64;
+            let began_ns = self.core.now();
+            let (size, filled) = (segment.bytes.len() as u64, blob.object.fill(
+                &self.core,
+                landing.output,
+                segment.bytes.clone(),
+                offset,
+            ));
+            let filled = filled.await;
+            landing.output = filled.0;
+            if let Err(error) = filled.1 {
+                return (landing, Err(error));
+            }
+            self.record(Stage::Fill, began_ns);
+            self.parts.counters.add(Counter::BytesFilled, size);
+            for chunk in segment.chunks.clone().map(ChunkIndex) {
+                if blob.map.publish(chunk, self.id()) {
+                    self.parts.counters.count(Counter::ChunksFilled);
+                }
+            }
+            self.announce(attempt.id, blob);
+        }
+        attempt.next = batch.units.end;
+        debug_assert!(attempt.next <= layout.unit_count());
+        (landing, Ok(()))
+    }
+
+    /// Small batches are decoded here, between two polls; long ones on a helper thread, so that no
+    /// other reader of this core waits for them.
+    async fn decode(self: &Rc<Self>, plan: &Plan, mut landing: Landing, batch: Batch) -> Landing {
+        let first = plan.layout.unit(batch.units.start);
+        let last = plan.layout.unit(batch.units.end - 1);
+        let output_size =
+            last.uncompressed_offset + u64::from(last.output_size) - first.uncompressed_offset;
+        let core = self.id();
+        if output_size as usize <= DECODE_INLINE_MAX_BYTES {
+            let Landing { input, output, bench } = &mut landing;
+            bench.process(&plan.layout, &plan.blob.map, core, &batch, input, output);
+            return landing;
+        }
+        let (layout, blob) = (Arc::clone(&plan.layout), Arc::clone(&plan.blob));
+        self.core
+            .offload(move || {
+                let Landing { input, output, bench } = &mut landing;
+                bench.process(&layout, &blob.map, core, &batch, input, output);
+                landing
+            })
+            .await
+    }
+
+    /// Counts and logs what was wrong, and notes the units to ask for again.
+    fn report(&self, attempt: &mut Attempt<'_>, bench: &Workbench) {
+        for failure in &bench.failures {
+            let counter = match failure.chunk {
+                Some(_) => Counter::DigestFailures,
+                None => Counter::BadChunks,
+            };
+            self.parts.counters.count(counter);
+            self.parts.journal.error(format!("{}: {}", attempt.plan.blob.name(), failure.error));
+            if attempt.failed.last() != Some(&failure.unit) {
+                attempt.failed.push(failure.unit);
+            }
+        }
+    }
+
+    async fn lease_of(&self, lane: Lane, size: usize) -> Result<Lease> {
+        let class = Class::holding(size).ok_or_else(|| {
+            Error::Unsupported(format!("a unit of {size} bytes is larger than any buffer"))
+        })?;
+        // Wire leases stay with the connections.
+        let class = if class == Class::Wire { Class::Range } else { class };
+        Ok(self.core.lease_for(lane, class).await)
+    }
+}
+
+/// A number that is the same for flights of one route and lane.
+fn route_key(plan: &Plan) -> usize {
+    // Routes are interned and aligned, so the lowest bit is free for the lane.
+    Arc::as_ptr(&plan.blob.route) as usize | usize::from(plan.lane == Lane::Background)
+}

@@ -1,0 +1,99 @@
+//! An open blob: everything the cores share about one data blob while the kernel has it open.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
+
+use super::map::Map;
+use super::registration::Image;
+use super::schedule::Streams;
+use crate::image::identity::BlobId;
+use crate::image::layout::Layout;
+use crate::registry::route::Route;
+use crate::store::object::CacheObject;
+
+/// One data blob of one domain, open in the kernel. Shared by all cores.
+pub struct OpenBlob {
+    /// The image that registered the blob first: its backend and work directory are used.
+    pub image: Arc<Image>,
+    /// The blob's place in that image.
+    pub blob_index: u32,
+    /// Where its bytes come from.
+    pub route: Arc<Route>,
+    /// Where its bytes go.
+    pub object: CacheObject,
+    /// What is there and who fetches the rest.
+    pub map: Map,
+    /// Who reads it in order.
+    pub streams: Streams,
+    /// Set once the kernel has closed the object: no new fetch begins.
+    pub is_closed: AtomicBool,
+    layout: RwLock<Option<Arc<Layout>>>,
+    is_loading: AtomicBool,
+    /// Whether the map knows what the cache held already.
+    is_scanned: AtomicBool,
+}
+
+impl OpenBlob {
+    /// A blob whose layout has yet to be loaded.
+    pub fn new(
+        image: Arc<Image>,
+        blob_index: u32,
+        route: Arc<Route>,
+        object: CacheObject,
+        chunk_count: u32,
+    ) -> Self {
+        OpenBlob {
+            image,
+            blob_index,
+            route,
+            object,
+            map: Map::new(chunk_count),
+            streams: Streams::default(),
+            is_closed: AtomicBool::new(false),
+            layout: RwLock::new(None),
+            is_loading: AtomicBool::new(false),
+            is_scanned: AtomicBool::new(false),
+        }
+    }
+
+    /// The blob's id.
+    pub fn id(&self) -> &BlobId {
+        &self.image.blobs[self.blob_index as usize].id
+    }
+
+    /// Image and blob, as log lines name them.
+    pub fn name(&self) -> String {
+        format!("image {}/{}, blob {}", self.image.domain_id, self.image.id, self.id())
+    }
+
+    /// The layout, once loaded. The lock is written a few times in the blob's life: a read costs one
+    /// uncontended atomic.
+    pub fn layout(&self) -> Option<Arc<Layout>> {
+        self.layout.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Puts a layout in place.
+    pub fn set_layout(&self, layout: Arc<Layout>) {
+        *self.layout.write().unwrap_or_else(PoisonError::into_inner) = Some(layout);
+    }
+
+    /// Whether the map knows what the cache held when the blob was opened.
+    pub fn is_scanned(&self) -> bool {
+        self.is_scanned.load(Ordering::Acquire)
+    }
+
+    /// The map knows from now on.
+    pub fn set_scanned(&self) {
+        self.is_scanned.store(true, Ordering::Release);
+    }
+
+    /// Takes the right to load the layout; false while another core has it.
+    pub fn begin_loading(&self) -> bool {
+        !self.is_loading.swap(true, Ordering::AcqRel)
+    }
+
+    /// Gives that right back.
+    pub fn end_loading(&self) {
+        self.is_loading.store(false, Ordering::Release);
+    }
+}

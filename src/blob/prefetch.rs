@@ -1,0 +1,61 @@
+//! Prefetch: whole blobs in the background, for images that ask for it.
+//!
+//! One task per core walks one blob at a time in address order, keeps a few runs in the read-ahead
+//! queue and no more, pauses while readers wait on this core, and keeps to the image's bandwidth. It
+//! goes through the same claims as everybody, so nothing is fetched twice.
+
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use super::crew::Crew;
+use super::open::OpenBlob;
+use super::statistics::Counter;
+use crate::config::{GET_MAX_BYTES, MILLISECOND_NS, PREFETCH_AHEAD, SECOND_NS};
+use crate::engine::Lane;
+
+/// How long prefetch waits before it looks again whether it may go on.
+const PAUSE_NS: u64 = 5 * MILLISECOND_NS;
+
+impl Crew {
+    /// Takes blobs from the prefetch queue, for ever.
+    pub(super) async fn prefetch_all(self: &Rc<Self>) {
+        loop {
+            let blob = self.prefetch.pop(&self.core, |_| true).await;
+            self.prefetch_blob(&blob).await;
+        }
+    }
+
+    async fn prefetch_blob(self: &Rc<Self>, blob: &Arc<OpenBlob>) {
+        let deadline_ns = || self.core.now() + self.parts.fault_deadline_ns;
+        let layout = match self.layout(blob, &(0..0), deadline_ns()).await {
+            Ok(layout) => layout,
+            Err(error) => {
+                self.parts.journal.error(format!("prefetch: {error}"));
+                return;
+            }
+        };
+        let step = blob.image.prefetch.merging_size_bytes.clamp(1, GET_MAX_BYTES);
+        let rate = blob.image.prefetch.bandwidth_bytes_per_second;
+        let mut at = 0;
+        while at < layout.uncompressed_size() {
+            while self.ahead.len() >= PREFETCH_AHEAD || !self.demand.is_empty() {
+                // A sleep ends by its time, whatever happens.
+                let _ = self.core.sleep(PAUSE_NS).await;
+            }
+            if blob.is_closed.load(Ordering::Relaxed) || self.gate.is_closed() {
+                return;
+            }
+            let chunks = layout.chunks_in(at..at + step);
+            let launched = self.launch(blob, &layout, chunks, Lane::Background, deadline_ns());
+            if launched.is_ok() {
+                self.parts.counters.count(Counter::PrefetchRequests);
+                at += step;
+            }
+            let pause_ns = (step * SECOND_NS).checked_div(rate).unwrap_or(0);
+            if pause_ns > 0 || launched.is_err() {
+                let _ = self.core.sleep(pause_ns.max(PAUSE_NS)).await;
+            }
+        }
+    }
+}

@@ -1,0 +1,3 @@
+//! Where bytes go: the cache objects behind the kernel's doors.
+
+pub mod object;

@@ -1,0 +1,134 @@
+//! Opens: from a cookie to what it stands for, in every core's table, and then the answer.
+
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use super::cachefiles::{MessageId, ObjectId};
+use super::intake::Door;
+use super::objects::{DoorMail, OpenBootstrap, Opened};
+use crate::blob::catalog::{Holder, Registered};
+use crate::blob::journal::Level;
+use crate::blob::statistics::{Counter, Stage};
+use crate::config::LAYOUT_LOOK_NS;
+use crate::engine::Fd;
+use crate::error::{Error, Result};
+use crate::store::object::CacheObject;
+
+/// An OPEN that has been taken from the device.
+pub(super) struct OpenJob {
+    id: MessageId,
+    object: ObjectId,
+    file: (Fd, Option<OwnedFd>),
+    domain: String,
+    cookie: String,
+    taken_ns: u64,
+}
+
+impl OpenJob {
+    /// What the message says; keys that are not text name nothing that is registered.
+    pub(super) fn new(
+        id: MessageId,
+        object: ObjectId,
+        file: (Fd, Option<OwnedFd>),
+        (volume, cookie): (&[u8], &[u8]),
+        taken_ns: u64,
+    ) -> Self {
+        let domain = String::from_utf8_lossy(volume).into_owned();
+        let cookie = String::from_utf8_lossy(cookie).into_owned();
+        OpenJob { id, object, file, domain, cookie, taken_ns }
+    }
+}
+
+impl Door {
+    pub(super) async fn serve_opens(self: Rc<Self>) {
+        loop {
+            let job = self.opens.pop(&self.crew.core, |_| true).await;
+            self.slot_freed.wake_all(&self.crew.core);
+            let _inside = self.crew.gate.enter(&self.crew.core);
+            self.serve_open(job).await;
+        }
+    }
+
+    async fn serve_open(&self, job: OpenJob) {
+        let OpenJob { id, object, file, domain, cookie, taken_ns } = job;
+        let journal = &self.crew.parts.journal;
+        let opened = self.open(file, &domain, &cookie).await;
+        let answer = match &opened {
+            Ok((opened, size)) => {
+                self.install_everywhere(object, opened).await;
+                Ok(*size)
+            }
+            Err(error) => {
+                self.crew.parts.counters.count(Counter::OpensRefused);
+                journal.error(format!("open of {domain}/{cookie}: {error}"));
+                Err(error.errno())
+            }
+        };
+        let answered = self.parts.device.answer_open(&self.crew.core, id, answer);
+        self.crew.record(Stage::Open, taken_ns);
+        if let Err(error) = answered {
+            journal.write(Level::Warn, || format!("open of {domain}/{cookie}: {error}"));
+            self.tell_all(|| DoorMail::Remove(object));
+            return;
+        }
+        if let Ok((Opened::Data(blob), _)) = opened
+            && blob.image.prefetch.enable
+            && self.crew.prefetch.push(&self.crew.core, blob).is_err()
+        {
+            let text = || format!("{domain}/{cookie}: too many prefetches wait; skipped");
+            journal.write(Level::Warn, text);
+        }
+    }
+
+    async fn open(
+        &self,
+        (fd, guard): (Fd, Option<OwnedFd>),
+        domain: &str,
+        cookie: &str,
+    ) -> Result<(Opened, u64)> {
+        if self.crew.gate.is_closed() {
+            return Err(Error::Shutdown);
+        }
+        let registered = self.crew.parts.catalog.object(domain, cookie).ok_or_else(|| {
+            Error::NotFound("not registered: PUT it to /api/v2/blobs before it is mounted".into())
+        })?;
+        match registered {
+            Registered::Bootstrap { image } => {
+                let size = image.bootstrap_size_bytes;
+                let object = CacheObject::new(fd, guard, size);
+                let (is_filled, is_filling) = (AtomicBool::new(false), AtomicBool::new(false));
+                let bootstrap = OpenBootstrap { image, object, is_filled, is_filling };
+                Ok((Opened::Bootstrap(Arc::new(bootstrap)), size))
+            }
+            Registered::Data { image, blob_index, others } => {
+                let size = image.blobs[blob_index as usize].uncompressed_size_bytes;
+                let route = self.parts.routes.route(&image.backend)?;
+                let mut holders = vec![Holder { image, blob_index }];
+                holders.extend(others);
+                let object = CacheObject::new(fd, guard, size);
+                let blob = self.crew.open_blob(holders, route, object).await?;
+                Ok((Opened::Data(blob), size))
+            }
+        }
+    }
+
+    /// Puts an object into all cores' tables and waits until it is in each.
+    async fn install_everywhere(&self, object: ObjectId, opened: &Opened) {
+        let missing = Arc::new(AtomicUsize::new(self.parts.cores.len()));
+        self.tell_all(|| DoorMail::Install {
+            object,
+            opened: opened.clone(),
+            missing: Arc::clone(&missing),
+            opener: self.crew.id(),
+        });
+        loop {
+            let told = self.installed.wait(&self.crew.core);
+            if missing.load(Ordering::Acquire) == 0 || self.crew.gate.is_closed() {
+                return;
+            }
+            told.by(self.crew.core.now() + LAYOUT_LOOK_NS).await;
+        }
+    }
+}
