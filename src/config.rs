@@ -152,6 +152,13 @@ pub const REGISTRY_LINE_COUNT_MAX: usize = 64;
 /// How often a core looks after its idle connections, tokens and mirrors.
 pub const REGISTRY_MAINTAIN_INTERVAL_NS: u64 = SECOND_NS;
 
+/// Connections dialled ahead when an image is registered.
+pub const REGISTRY_WARM_CONNECTION_COUNT: usize = 2;
+/// A core forgets a route it has not used for this long.
+pub const REGISTRY_WAY_LIFE_NS: u64 = 600 * SECOND_NS;
+/// Tokens of a route that was not used for this long are not renewed ahead.
+pub const TOKEN_RENEWAL_PAUSE_NS: u64 = 300 * SECOND_NS;
+
 /// A request head that does not fit here is refused: signed storage URLs stay below 4 KiB.
 pub const HTTP_REQUEST_HEAD_SIZE_MAX: usize = 16 * KIB;
 /// A response head that does not fit here is refused.
@@ -213,6 +220,8 @@ pub const TOKEN_SIZE_MAX: usize = 8 * KIB;
 pub const TOKEN_FETCH_TIMEOUT_NS: u64 = 10 * SECOND_NS;
 /// How often a core looks whether another core has fetched the token both need.
 pub const TOKEN_WAIT_STEP_NS: u64 = 2 * MILLISECOND_NS;
+/// A failed token fetch is shared with the cores that waited for it this long.
+pub const TOKEN_FAILURE_LIFE_NS: u64 = SECOND_NS / 2;
 /// Challenges read from one WWW-Authenticate header.
 pub const AUTH_CHALLENGE_COUNT_MAX: usize = 8;
 

@@ -201,6 +201,19 @@ pub struct ResponseHead {
     pub content_type: Span,
 }
 
+impl ResponseHead {
+    /// Moves every span: the head was parsed from bytes that begin `distance` into the caller's.
+    pub fn shift(&mut self, distance: usize) {
+        let [a, b, c, d] = &mut self.challenges;
+        let others =
+            [&mut self.location, &mut self.retry_after, &mut self.content_digest, a, b, c, d];
+        for span in others.into_iter().chain([&mut self.content_type]) {
+            span.start += distance as u16;
+            span.end += distance as u16;
+        }
+    }
+}
+
 /// Parses the head of a response to `method`; `None` while it is incomplete.
 ///
 /// `bytes` may reach beyond the head. An incomplete head of HTTP_RESPONSE_HEAD_SIZE_MAX bytes is an

@@ -41,23 +41,23 @@ impl Health {
                 next_ping_ns: 0,
             })
             .collect();
-        assert!(!sources.is_empty(), "a route has at least its origin");
+        assert!((1..=32).contains(&sources.len()), "a route has its origin and few mirrors");
         Health { sources }
     }
 
-    /// The source for the `attempt`th try (from 0) at `now_ns`.
+    /// The source to try at `now_ns`, when those in the set `tried` have been: well sources in their
+    /// order, then suspect ones in theirs; `None` when the round is over.
     ///
-    /// Well sources in their order, then suspect ones in theirs; then the round begins again. With
-    /// sources 0 (out), 1 (suspect) and 2 (well), the tries go to 2, 1, 2, 1.
-    pub fn pick(&self, attempt: usize, now_ns: u64) -> usize {
-        let count = self.usable_count(now_ns);
-        let place = attempt % count;
-        let well = self.usable(now_ns).filter(|index| !self.is_suspect(*index, now_ns));
-        let suspect = self.usable(now_ns).filter(|index| self.is_suspect(*index, now_ns));
-        well.chain(suspect).nth(place).expect("place is below the count of usable sources")
+    /// With sources 0 (out), 1 (suspect) and 2 (well), the tries of a round go to 2, then 1.
+    pub fn pick(&self, tried: u32, now_ns: u64) -> Option<usize> {
+        let mut left = self.usable(now_ns).filter(|index| tried & (1 << index) == 0);
+        let first = left.next()?;
+        let well =
+            std::iter::once(first).chain(left).find(|index| !self.is_suspect(*index, now_ns));
+        Some(well.unwrap_or(first))
     }
 
-    /// How many sources a request may be tried at.
+    /// How many sources a round may have.
     pub fn usable_count(&self, now_ns: u64) -> usize {
         self.usable(now_ns).count()
     }
@@ -124,14 +124,20 @@ mod tests {
     }
 
     fn round(health: &Health, now_ns: u64) -> Vec<usize> {
-        (0..health.usable_count(now_ns)).map(|attempt| health.pick(attempt, now_ns)).collect()
+        let mut tried = 0;
+        let next = || {
+            let index = health.pick(tried, now_ns)?;
+            tried |= 1 << index;
+            Some(index)
+        };
+        std::iter::from_fn(next).collect()
     }
 
     #[test]
     fn mirrors_go_first_and_the_origin_last() {
         let health = three();
         assert_eq!(round(&health, 0), [0, 1, 2]);
-        assert_eq!(health.pick(3, 0), 0);
+        assert_eq!(health.usable_count(0), 3);
     }
 
     #[test]
