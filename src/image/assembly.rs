@@ -362,6 +362,13 @@ mod tests {
     }
 
     #[test]
+    fn bytes_of_another_length_never_verify() {
+        let mut layout = Draft::new(&[10]).build().layout(0);
+        layout.digests[0] = layout.digest_algorithm().digest(b"short");
+        assert!(!layout.verify(ChunkIndex(0), b"short"));
+    }
+
+    #[test]
     fn batch_and_zran_layouts_want_their_own_context_table() {
         for draft in &kinds()[1..] {
             let image = draft.build();

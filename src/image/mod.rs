@@ -45,6 +45,8 @@ pub mod walk;
 mod assembly;
 #[cfg(test)]
 mod draft_tests;
+#[cfg(test)]
+mod erofs_tests;
 mod little;
 #[cfg(test)]
 mod specimen_tests;
