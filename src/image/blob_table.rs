@@ -11,6 +11,7 @@ use super::little::{bytes_at, u32_at, u64_at};
 use super::superblock::{BLOCK_BYTES, check_chunk_size};
 use crate::config::{CHUNK_MAX_BYTES, CHUNKS_PER_BLOB_MAX, CONTEXT_TABLE_MAX_BYTES};
 use crate::error::Result;
+use std::ops::Range;
 
 pub(super) const RECORD_BYTES: usize = 256;
 
@@ -165,6 +166,26 @@ impl BlobRecord {
             true => self.compressed_size,
             false => self.ci_offset.saturating_sub(trailer),
         }
+    }
+
+    /// The blob that has the context table: this one, or its meta blob. `Unsupported` where only
+    /// the name of a file could tell (a meta blob that also holds the bootstrap).
+    pub fn context_blob(&self) -> Result<BlobId> {
+        match (self.is_separate(), self.meta_digest) {
+            (false, _) => Ok(self.id.clone()),
+            (true, Some(digest)) => BlobId::parse(&digest.to_string()),
+            (true, None) => Err(unsupported!(
+                "blob {}: the bootstrap does not name the blob with its context table",
+                self.id
+            )),
+        }
+    }
+
+    /// The bytes of `context_blob` to fetch: the compressed table, then its header, which is the
+    /// last `HEADER_BYTES` of them.
+    pub fn context_range(&self) -> Range<u64> {
+        let size = self.ci_compressed_size + super::context::HEADER_BYTES as u64;
+        self.ci_offset..self.ci_offset + size
     }
 
     /// Whether the context table lies in a blob of its own, named by `meta_digest`.

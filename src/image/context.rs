@@ -227,9 +227,11 @@ fn decompress(record: &BlobRecord, compressed: &[u8]) -> Result<Arc<[u8]>> {
         None => None,
     };
     let stored = decrypted.as_deref().unwrap_or(compressed);
-    let mut bytes = vec![0; size];
-    Codec::new().decompress(record.ci_compressor, stored, &mut bytes)?;
-    Ok(bytes.into())
+    // Made in place: a table can be large enough that a copy would hurt.
+    let mut bytes: Arc<[u8]> = std::iter::repeat_n(0, size).collect();
+    let output = Arc::get_mut(&mut bytes).expect("invariant: nobody else has it yet");
+    Codec::new().decompress(record.ci_compressor, stored, output)?;
+    Ok(bytes)
 }
 
 fn check_inside(inside: u32, size: u32, decoded: u32) -> Result<()> {

@@ -26,7 +26,7 @@ fn with<T>(fields: &[(usize, &[u8])], act: impl Fn(Tree<'_>) -> Result<T>) -> Re
 
 /// The text of the error a walk ends in.
 fn walk_error(fields: &[(usize, &[u8])]) -> String {
-    let walk = |tree: Tree<'_>| tree.walk().map(|visit| visit.map(drop)).collect::<Result<()>>();
+    let walk = |tree: Tree<'_>| tree.walk().try_for_each(|visit| visit.map(drop));
     with(fields, walk).unwrap_err().to_string()
 }
 
@@ -66,7 +66,7 @@ fn unsorted_repeated_and_illegal_names_are_refused() {
         (&b"c0001"[..], "sorted"),
         (b"c0009", "sorted"),
         (b"c/000", "illegal"),
-        (b"c\0000", "illegal"),
+        (b"c\x00000", "illegal"),
     ] {
         let error = walk_error(&[(first, field)]);
         assert!(error.contains(text), "{error}");

@@ -164,7 +164,16 @@ impl Layout {
             return 0..0;
         }
         let block = |byte: u64| byte / BLOCK_BYTES as u64;
-        self.chunk_at(block(range.start))..self.chunk_at(block(end - 1)) + 1
+        let (first, last) = (block(range.start), block(end - 1));
+        let behind = |records: &[Record], block| {
+            records.partition_point(|record| u64::from(record.block) <= block)
+        };
+        let first_behind = behind(&self.records, first);
+        // A chunk has a block at least: the range cannot reach further than it has blocks.
+        let near = (last - first) as usize;
+        let rest = &self.records[first_behind..];
+        let last_behind = first_behind + behind(&rest[..near.min(rest.len())], last);
+        self.chunk_at(first_behind, first)..self.chunk_at(last_behind, last) + 1
     }
 
     /// One chunk. O(1) if the bootstrap lists all chunks, else O(log of how many it does not).
@@ -299,8 +308,8 @@ impl Layout {
         }
     }
 
-    fn chunk_at(&self, block: u64) -> u32 {
-        let behind = self.records.partition_point(|record| u64::from(record.block) <= block);
+    /// The chunk that has `block`, if `behind` counts the records that start at or before it.
+    fn chunk_at(&self, behind: usize, block: u64) -> u32 {
         match behind.checked_sub(1) {
             Some(at) if block < self.records[at].end_block() => self.index(at),
             _ => self.hole(behind).chunk_at(block),

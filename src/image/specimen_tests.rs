@@ -3,6 +3,7 @@
 //! Test code: it panics where product code would answer an error.
 
 use super::blob_table::BlobRecord;
+use super::context::HEADER_BYTES;
 use super::{Bootstrap, ContextTable, Decoder, Layout};
 use std::path::PathBuf;
 
@@ -36,9 +37,8 @@ impl Specimen {
             true => std::fs::read(root().join("source.tar.gz")).unwrap(),
             false => std::fs::read(folder.join(blob.id.as_str())).unwrap(),
         };
-        let read_meta = |blob: &BlobRecord| match blob.meta_digest.filter(|_| blob.is_separate()) {
-            Some(digest) => std::fs::read(folder.join(digest.to_string())).unwrap(),
-            None => read(blob),
+        let read_meta = |blob: &BlobRecord| {
+            std::fs::read(folder.join(blob.context_blob().unwrap().as_str())).unwrap()
         };
         let blobs = bootstrap.blobs().iter().map(read).collect();
         let metas = bootstrap.blobs().iter().map(read_meta).collect();
@@ -48,10 +48,10 @@ impl Specimen {
     /// The context table of a blob.
     pub(crate) fn context(&self, blob_index: usize) -> crate::error::Result<ContextTable> {
         let record = &self.bootstrap.blobs()[blob_index];
-        let start = record.ci_offset as usize;
-        let end = start + record.ci_compressed_size as usize;
-        let meta = &self.metas[blob_index];
-        ContextTable::parse(record, &meta[start..end], &meta[end..end + 4096])
+        let range = record.context_range();
+        let stored = &self.metas[blob_index][range.start as usize..range.end as usize];
+        let (table, header) = stored.split_at(stored.len() - HEADER_BYTES);
+        ContextTable::parse(record, table, header)
     }
 
     /// The layout the daemon would build.
