@@ -134,10 +134,11 @@ fn names(processes: &[Process]) -> String {
 /// Who has the device, or an object of it that keeps an old cache bound.
 pub fn holders(holders: &[Process]) -> Finding {
     let check = "holders";
-    let ours = |process: &Process| process.name.starts_with("sluice");
     match holders {
         [] => finding(check, Level::Ok, "nobody", ""),
-        _ if holders.iter().all(ours) => finding(check, Level::Ok, names(holders), ""),
+        _ if holders.iter().all(|process| process.is_ours) => {
+            finding(check, Level::Ok, names(holders), "")
+        }
         _ => {
             let advice = "the device has one opener: stop that program before `sluice daemon`";
             finding(check, Level::Fail, names(holders), advice)
@@ -273,12 +274,14 @@ mod tests {
 
     #[test]
     fn a_strange_holder_is_named_and_our_own_is_fine() {
-        let process = |name: &str| Process { pid: 42, name: name.to_owned() };
-        let found = holders(&[process("nydusd")]);
+        let process = |name: &str, is_ours| Process { pid: 42, name: name.to_owned(), is_ours };
+        let found = holders(&[process("nydusd", false)]);
         assert_eq!((found.level, found.found.as_str()), (Level::Fail, "nydusd (42)"));
-        assert_eq!(holders(&[process("sluice")]).level, Level::Ok);
+        assert_eq!(holders(&[process("nydusd", true)]).level, Level::Ok);
+        let both = [process("sluice", true), process("other", false)];
+        assert_eq!(holders(&both).level, Level::Fail);
         assert_eq!(holders(&[]).level, Level::Ok);
-        assert_eq!(cachefilesd(&[process("cachefilesd")]).level, Level::Fail);
+        assert_eq!(cachefilesd(&[process("cachefilesd", false)]).level, Level::Fail);
         assert_eq!(cachefilesd(&[]).level, Level::Ok);
     }
 

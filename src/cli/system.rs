@@ -72,6 +72,8 @@ pub struct Process {
     pub pid: u32,
     /// Its name as the kernel knows it.
     pub name: String,
+    /// Whether it runs the same program file as we do, under whatever name.
+    pub is_ours: bool,
 }
 
 /// The directory the kernel would keep its cache in.
@@ -201,13 +203,15 @@ fn processes() -> (Vec<Process>, Vec<Process>) {
     let mut holders = Vec::new();
     let mut cachefilesd = Vec::new();
     let mut scanned = 0;
+    let program = fs::read_link("/proc/self/exe").ok();
     for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
         let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else {
             continue;
         };
         let name = text(entry.path().join("comm")).unwrap_or_default().trim().to_owned();
+        let is_ours = program.is_some() && fs::read_link(entry.path().join("exe")).ok() == program;
         if name == "cachefilesd" {
-            cachefilesd.push(Process { pid, name: name.clone() });
+            cachefilesd.push(Process { pid, name: name.clone(), is_ours });
         }
         for descriptor in fs::read_dir(entry.path().join("fd")).into_iter().flatten().flatten() {
             scanned += 1;
@@ -215,7 +219,7 @@ fn processes() -> (Vec<Process>, Vec<Process>) {
                 return (holders, cachefilesd);
             }
             if fs::read_link(descriptor.path()).is_ok_and(|target| is_cachefiles(&target)) {
-                holders.push(Process { pid, name });
+                holders.push(Process { pid, name, is_ours });
                 break;
             }
         }
@@ -329,7 +333,7 @@ mod tests {
     fn a_plain_file_is_no_device() {
         assert_eq!(device(Path::new("/proc/version"), &[]), Device::Other);
         assert_eq!(device(Path::new("/nonexistent"), &[]), Device::Absent);
-        let holder = Process { pid: 1, name: "other".to_owned() };
+        let holder = Process { pid: 1, name: "other".to_owned(), is_ours: false };
         assert_eq!(device(Path::new("/dev/null"), &[holder]), Device::Held);
     }
 
