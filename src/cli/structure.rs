@@ -221,6 +221,26 @@ mod tests {
     }
 
     #[test]
+    fn damage_is_a_fault_and_never_a_panic() {
+        for name in ["lz4-1m", "zstd-64k", "zran"] {
+            let whole = fixture(name);
+            let mut seed = 0x9e37_79b9_7f4a_7c15u64;
+            for _ in 0..300 {
+                let mut bytes = whole.clone();
+                for _ in 0..4 {
+                    seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                    let at = (seed >> 20) as usize % bytes.len();
+                    bytes[at] ^= 1 << (seed >> 60 & 7);
+                }
+                let Ok(bootstrap) = Bootstrap::parse(bytes) else { continue };
+                let structure = Structure::of(&bootstrap);
+                assert!(structure.faults.len() as u64 <= structure.fault_count);
+                users(&bootstrap, &[(0, ChunkIndex(0)), (0, ChunkIndex(1))]);
+            }
+        }
+    }
+
+    #[test]
     fn a_path_cannot_steer_the_terminal() {
         assert_eq!(display(b"a\x1b[2Jb"), "/a\\u{1b}[2Jb");
         assert_eq!(display("é".as_bytes()), "/é");

@@ -203,13 +203,13 @@ fn processes() -> (Vec<Process>, Vec<Process>) {
     let mut holders = Vec::new();
     let mut cachefilesd = Vec::new();
     let mut scanned = 0;
-    let program = fs::read_link("/proc/self/exe").ok();
+    let program = program_of(Path::new("/proc/self/exe"));
     for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
         let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else {
             continue;
         };
         let name = text(entry.path().join("comm")).unwrap_or_default().trim().to_owned();
-        let is_ours = program.is_some() && fs::read_link(entry.path().join("exe")).ok() == program;
+        let is_ours = program.is_some() && program_of(&entry.path().join("exe")) == program;
         if name == "cachefilesd" {
             cachefilesd.push(Process { pid, name: name.clone(), is_ours });
         }
@@ -225,6 +225,12 @@ fn processes() -> (Vec<Process>, Vec<Process>) {
         }
     }
     (holders, cachefilesd)
+}
+
+/// The program file behind an exe link, also when an upgrade has replaced it meanwhile.
+fn program_of(link: &Path) -> Option<String> {
+    let path = fs::read_link(link).ok()?.to_str()?.to_owned();
+    Some(path.strip_suffix(" (deleted)").unwrap_or(&path).to_owned())
 }
 
 /// Objects are named "[cachefiles]" by cachefiles_ondemand_get_fd (fs/cachefiles/ondemand.c).
