@@ -32,7 +32,7 @@ use crate::image::Bootstrap;
 )]
 pub struct Options {
     /// The image (unless --bootstrap is given) and where to mount it.
-    #[arg(value_name = "IMAGE] [MOUNTPOINT", num_args = 1..=2, required = true)]
+    #[arg(hide = true, value_name = "IMAGE MOUNTPOINT", num_args = 1..=2, required = true)]
     names: Vec<PathBuf>,
     /// Use this image.boot instead of fetching one.
     #[arg(long, value_name = "FILE")]
