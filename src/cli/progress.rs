@@ -4,8 +4,12 @@
 //! threads.
 
 use std::io::IsTerminal;
+use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+/// How often the sign of life changes.
+const TICK_MS: u64 = 120;
 
 /// A bar of bytes.
 #[derive(Clone)]
@@ -24,6 +28,14 @@ impl Progress {
             bar.set_style(style);
         }
         bar.set_prefix(work);
+        Progress { bar }
+    }
+
+    /// A sign that something is being waited for.
+    pub fn waiting(text: String) -> Self {
+        let bar = ProgressBar::with_draw_target(None, target());
+        bar.set_message(text);
+        bar.enable_steady_tick(Duration::from_millis(TICK_MS));
         Progress { bar }
     }
 
