@@ -418,3 +418,5 @@ pub const STOP_DEADLINE_NS: u64 = 5 * SECOND_NS;
 pub const INTAKE_PAUSE_NS: u64 = 20_000;
 /// The longest such pause.
 pub const INTAKE_PAUSE_MAX_NS: u64 = MILLISECOND_NS;
+/// How long GET stat waits for the cores.
+pub const STATISTICS_WAIT_MS: u64 = 500;
