@@ -420,3 +420,12 @@ pub const INTAKE_PAUSE_NS: u64 = 20_000;
 pub const INTAKE_PAUSE_MAX_NS: u64 = MILLISECOND_NS;
 /// How long GET stat waits for the cores.
 pub const STATISTICS_WAIT_MS: u64 = 500;
+
+// ---- control API. Memory: 256 connections x (59 KiB in + answer) and 64 + 16 queued calls.
+
+/// A request's head; nydusd's HTTP library stops at the same order.
+pub const CONTROL_HEAD_MAX_BYTES: usize = 8 * KIB;
+/// Header lines of a request.
+pub const CONTROL_HEADER_COUNT_MAX: usize = 64;
+/// A request's body, as in nydusd.
+pub const CONTROL_BODY_MAX_BYTES: usize = 51_200;

@@ -11,25 +11,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crossbeam_channel::{Receiver, Sender};
 
+pub use crate::config::LogLevel as Level;
 use crate::config::{JOURNAL_ERRORS_MAX, JOURNAL_ERRORS_MAX_BYTES, JOURNAL_LINES_MAX};
-
-/// How much is written; each level includes the ones before it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-#[repr(u8)]
-pub enum Level {
-    /// Nothing.
-    Off,
-    /// What failed.
-    Error,
-    /// What may fail.
-    Warn,
-    /// What was begun and ended.
-    Info,
-    /// What was decided.
-    Debug,
-    /// Every message.
-    Trace,
-}
 
 /// One line.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -56,28 +39,6 @@ pub struct Errors {
     pub texts: VecDeque<String>,
     /// Their length in bytes.
     pub size_bytes: usize,
-}
-
-impl Level {
-    const ALL: [Level; 6] =
-        [Level::Off, Level::Error, Level::Warn, Level::Info, Level::Debug, Level::Trace];
-
-    /// The level called `name`: off, error, warn, info, debug or trace.
-    pub fn parse(name: &str) -> Option<Level> {
-        Level::ALL.into_iter().find(|level| level.name() == name)
-    }
-
-    /// The level's name.
-    pub fn name(self) -> &'static str {
-        match self {
-            Level::Off => "off",
-            Level::Error => "error",
-            Level::Warn => "warn",
-            Level::Info => "info",
-            Level::Debug => "debug",
-            Level::Trace => "trace",
-        }
-    }
 }
 
 impl Journal {
@@ -112,7 +73,7 @@ impl Journal {
 
     /// How much is written now.
     pub fn level(&self) -> Level {
-        Level::ALL[usize::from(self.level.load(Ordering::Relaxed)) % Level::ALL.len()]
+        LEVELS[usize::from(self.level.load(Ordering::Relaxed)) % LEVELS.len()].0
     }
 
     /// Writes more or less from now on.
@@ -129,6 +90,25 @@ impl Journal {
     pub fn errors(&self) -> Errors {
         self.errors.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
+}
+
+const LEVELS: [(Level, &str); 6] = [
+    (Level::Off, "off"),
+    (Level::Error, "error"),
+    (Level::Warn, "warn"),
+    (Level::Info, "info"),
+    (Level::Debug, "debug"),
+    (Level::Trace, "trace"),
+];
+
+/// The level called `name`, in nydusd's lower-case words.
+pub fn level_named(name: &str) -> Option<Level> {
+    LEVELS.into_iter().find(|entry| entry.1 == name).map(|entry| entry.0)
+}
+
+/// A level's word.
+pub fn level_name(level: Level) -> &'static str {
+    LEVELS[level as usize].1
 }
 
 impl Errors {
@@ -191,8 +171,8 @@ mod tests {
     #[test]
     fn levels_have_the_names_nydusd_takes() {
         for name in ["off", "error", "warn", "info", "debug", "trace"] {
-            assert_eq!(Level::parse(name).unwrap().name(), name);
+            assert_eq!(level_name(level_named(name).unwrap()), name);
         }
-        assert_eq!(Level::parse("INFO"), None);
+        assert_eq!(level_named("INFO"), None);
     }
 }

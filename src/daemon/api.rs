@@ -10,7 +10,7 @@ use serde::Deserialize;
 
 use super::entry::{self, Entry, Refusal};
 use super::reply::{self, Response};
-use crate::blob::journal::Level;
+use crate::blob::journal::{Level, level_named};
 
 /// The methods the dialect knows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -80,7 +80,12 @@ pub enum Call {
         changes: BTreeMap<String, String>,
     },
     /// Register an image.
-    Register(Box<Entry>),
+    Register {
+        /// What the body says.
+        entry: Box<Entry>,
+        /// The body, for whoever has to remember it.
+        body: Vec<u8>,
+    },
     /// The registered images and blobs of a domain.
     List {
         /// The domain.
@@ -116,7 +121,7 @@ impl Call {
     /// the others.
     pub fn may_wait(&self) -> bool {
         use Call::*;
-        matches!(self, Register(_) | Cull { .. } | Start | SendFd | Takeover | Configure { .. })
+        matches!(self, Register { .. } | Cull { .. } | Start | SendFd | Takeover | Configure { .. })
     }
 }
 
@@ -194,7 +199,7 @@ fn blobs(request: &Request, target: &Target) -> Result<Call, Response> {
             Ok(Call::List { domain_id, id: blob_id.filter(|id| !id.is_empty()) })
         }
         (Method::Put, Some(body)) => match Entry::parse(body) {
-            Ok(entry) => Ok(Call::Register(Box::new(entry))),
+            Ok(entry) => Ok(Call::Register { entry: Box::new(entry), body: body.to_vec() }),
             Err(Refusal::Parse(error)) => Err(reply::parse_body(&error)),
             Err(Refusal::Refused(reason)) => Err(reply::bad_request_because(&reason)),
         },
@@ -247,7 +252,7 @@ fn set_level(body: &[u8]) -> Result<Call, Response> {
         log_level: String,
     }
     let conf: Conf = entry::from_json(body).map_err(|error| reply::parse_body(&error))?;
-    let level = Level::parse(&conf.log_level).ok_or_else(reply::bad_level)?;
+    let level = level_named(&conf.log_level).ok_or_else(reply::bad_level)?;
     Ok(Call::SetLevel(level))
 }
 

@@ -2,6 +2,8 @@
 
 pub mod api;
 pub mod entry;
+pub mod http;
 pub mod reply;
+pub mod socket;
 pub mod state;
 pub mod statistics;
