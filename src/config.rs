@@ -429,3 +429,31 @@ pub const CONTROL_HEAD_MAX_BYTES: usize = 8 * KIB;
 pub const CONTROL_HEADER_COUNT_MAX: usize = 64;
 /// A request's body, as in nydusd.
 pub const CONTROL_BODY_MAX_BYTES: usize = 51_200;
+/// Looks at the lock on the socket's directory: 200 x 10 ms is 2 s.
+pub const CONTROL_BIND_TRIES_MAX: u32 = 200;
+/// The pause between two looks.
+pub const CONTROL_BIND_PAUSE_MS: u64 = 10;
+/// Open client connections.
+pub const CONTROL_CONNECTIONS_MAX: usize = 256;
+/// Threads for calls that only look at memory.
+pub const CONTROL_QUICK_THREADS: usize = 4;
+/// Threads for calls that may wait for a disk or another process.
+pub const CONTROL_SLOW_THREADS: usize = 8;
+/// Calls waiting for each kind of thread; more are answered 503 at once.
+pub const CONTROL_QUEUE_MAX: usize = 64;
+/// A call that no thread took by then is answered 503.
+pub const CONTROL_QUEUE_WAIT_MS: u64 = 10_000;
+/// From the first byte of a request to its last.
+pub const CONTROL_REQUEST_WAIT_MS: u64 = 10_000;
+/// A client takes its whole answer within this.
+pub const CONTROL_RESPONSE_WAIT_MS: u64 = 10_000;
+/// A refused client's bytes are thrown away this long, so that it gets to read why.
+pub const CONTROL_LEAVE_WAIT_MS: u64 = 1_000;
+/// A connection without a request is kept this long.
+pub const CONTROL_IDLE_MS: u64 = 300_000;
+/// Accepting rests so long after the process ran out of descriptors.
+pub const CONTROL_ACCEPT_PAUSE_MS: u64 = 100;
+/// What is under way at the end may take so long.
+pub const CONTROL_STOP_WAIT_MS: u64 = 2_000;
+/// Cache files one call removes: 256 hash directories in each of some thousand volumes.
+pub const CULL_FILES_MAX: usize = 64 * KIB;

@@ -10,11 +10,13 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 
+use crate::config::{CONTROL_BIND_PAUSE_MS, CONTROL_BIND_TRIES_MAX};
 use crate::error::{Error, Result};
 
 /// What is at a socket's path.
@@ -47,10 +49,8 @@ impl ControlSocket {
         };
         let path = std::path::absolute(path).map_err(failed)?;
         let parent = path.parent().unwrap_or(Path::new("/"));
-        let directory = File::open(parent).map_err(failed)?;
         // Two daemons that start at once look and replace one after the other.
-        let _turn = Flock::lock(directory, FlockArg::LockExclusive)
-            .map_err(|(_, errno)| failed(errno.into()))?;
+        let _turn = take_turn(File::open(parent).map_err(failed)?).map_err(failed)?;
         match probe(&path)? {
             Probe::Alive => {
                 return Err(Error::Busy(format!(
@@ -116,6 +116,22 @@ pub fn probe(path: &Path) -> Result<Probe> {
         Err(Errno::ENOENT) => Ok(Probe::Absent),
         Err(errno) => Err(failed(errno)),
     }
+}
+
+/// Locks the directory, or gives up after a while: somebody else may use this lock for their own.
+fn take_turn(directory: File) -> std::io::Result<Flock<File>> {
+    let mut attempt = Flock::lock(directory, FlockArg::LockExclusiveNonblock);
+    for _ in 0..CONTROL_BIND_TRIES_MAX {
+        match attempt {
+            Ok(lock) => return Ok(lock),
+            Err((directory, Errno::EAGAIN)) => {
+                std::thread::sleep(Duration::from_millis(CONTROL_BIND_PAUSE_MS));
+                attempt = Flock::lock(directory, FlockArg::LockExclusiveNonblock);
+            }
+            Err((_, errno)) => return Err(errno.into()),
+        }
+    }
+    attempt.map_err(|(_, errno)| errno.into())
 }
 
 /// Binds in `private` and renames to `path`. The name goes through /proc because `private` is longer

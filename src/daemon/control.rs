@@ -1,0 +1,265 @@
+//! What the control API's calls do.
+//!
+//! Owns nothing of its own but the memory of what was configured: it brings together the catalog,
+//! the states, the statistics and the journal, which other threads use too. Calls run on the
+//! server's threads and may run at the same time. What belongs to cores and device is reached
+//! through [`Hooks`], which the daemon fills in.
+
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use serde_json::{Map, Value, json};
+
+use super::api::Call;
+use super::cull::Culler;
+use super::entry::Entry;
+use super::reply::{self, Identity, Response};
+use super::state::{Event, StateMachine};
+use super::statistics::Statistics;
+use crate::blob::catalog::Catalog;
+use crate::blob::journal::{Journal, Level, level_name};
+use crate::blob::registration::Image;
+use crate::error::{Error, Result};
+use crate::registry::secret::Secret;
+
+/// Something the daemon does when a call asks for it.
+pub type Act = Box<dyn Fn() -> Result<()> + Send + Sync>;
+/// Applies new credentials; says whether any route was meant.
+pub type Configure = Box<dyn Fn(Option<&str>, &Update) -> Result<()> + Send + Sync>;
+/// Told about a new image, with the entry it came from.
+pub type Registered = Box<dyn Fn(&Arc<Image>, &[u8]) + Send + Sync>;
+/// Told about what was removed: a domain, or one id of it.
+pub type Forgotten = Box<dyn Fn(&str, Option<&str>) + Send + Sync>;
+
+/// What can be changed after the start.
+#[derive(Clone, Debug, Default)]
+pub struct Update {
+    /// base64 of user:password, for the registry.
+    pub registry_auth: Option<Secret>,
+    /// The forward proxy.
+    pub proxy_url: Option<String>,
+}
+
+/// The control API's way to cores, device and disk.
+pub struct Hooks {
+    /// Begin to serve; READY to RUNNING.
+    pub start: Act,
+    /// Begin to go down. Must return at once: the answer is sent after it.
+    pub exit: Act,
+    /// Hand state and device to the supervisor. `Unsupported` without the means.
+    pub send_fd: Act,
+    /// Take state and device from the supervisor; INIT to READY.
+    pub takeover: Act,
+    /// An image can be opened from now on: remember it, dial ahead.
+    pub registered: Registered,
+    /// Registrations are gone: forget them on disk too.
+    pub forgotten: Forgotten,
+    /// New credentials for the routes of a configuration id, or of all.
+    pub configure: Configure,
+    /// What else belongs into the statistics, under the key "daemon".
+    pub more_statistics: Box<dyn Fn() -> Value + Send + Sync>,
+}
+
+/// Everything the control API speaks about. Shared by `Arc` with the server's threads.
+pub struct ControlPlane {
+    /// The registered images.
+    pub catalog: Arc<Catalog>,
+    /// The daemon's life.
+    pub state: Arc<StateMachine>,
+    /// Counters and histograms.
+    pub statistics: Arc<Statistics>,
+    /// The log.
+    pub journal: Arc<Journal>,
+    /// Who this daemon is.
+    pub identity: Identity,
+    /// Removes cache files; none without a cache directory.
+    pub culler: Option<Culler>,
+    /// The way to the rest.
+    pub hooks: Hooks,
+    /// Names of what was configured; the values are secrets.
+    pub configured: Mutex<BTreeSet<String>>,
+}
+
+impl Hooks {
+    /// Hooks that do nothing, for a daemon without cores.
+    pub fn idle() -> Hooks {
+        let nothing = || -> Act { Box::new(|| Ok(())) };
+        Hooks {
+            start: nothing(),
+            exit: nothing(),
+            send_fd: nothing(),
+            takeover: nothing(),
+            registered: Box::new(|_, _| ()),
+            forgotten: Box::new(|_, _| ()),
+            configure: Box::new(|_, _| Ok(())),
+            more_statistics: Box::new(|| Value::Null),
+        }
+    }
+}
+
+impl ControlPlane {
+    /// Does what `call` says. May wait if `call.may_wait()`.
+    pub fn perform(&self, call: Call) -> Response {
+        match call {
+            Call::Daemon => reply::document(&reply::daemon(&self.identity, self.state.state())),
+            Call::SetLevel(level) => {
+                self.journal.set_level(level);
+                reply::done()
+            }
+            Call::Events => reply::document(&reply::events(&self.journal.errors())),
+            Call::Start => self.transition("Configure", Event::Start, &self.hooks.start),
+            Call::Exit => self.transition("Configure", Event::Exit, &self.hooks.exit),
+            Call::SendFd => self.send_fd(),
+            Call::Takeover => self.transition("Upgrade", Event::Takeover, &self.hooks.takeover),
+            Call::BackendMetrics { id } => {
+                let metrics = self.statistics.backend(&self.catalog.images(), id.as_deref());
+                counted("BackendMetrics", metrics)
+            }
+            Call::BlobcacheMetrics { id } => {
+                let metrics = self.statistics.blobcache(&self.catalog.images(), id.as_deref());
+                counted("BlobcacheMetrics", metrics)
+            }
+            Call::Config { .. } => reply::document(&self.configuration()),
+            Call::Configure { id, changes } => {
+                answer("Configure", self.configure(id.as_deref(), &changes))
+            }
+            Call::Register { entry, body } => {
+                answer("CreateBlobObject", self.register(*entry, &body).map(|_| ()))
+            }
+            Call::List { domain_id, id } => {
+                reply::document(&reply::listing(&self.catalog.list(&domain_id, id.as_deref())))
+            }
+            Call::UnregisterDomain { domain_id } => {
+                self.catalog.unregister_domain(&domain_id);
+                (self.hooks.forgotten)(&domain_id, None);
+                reply::done()
+            }
+            Call::Unregister { domain_id, id } => {
+                let outcome = self.catalog.unregister(&domain_id, &id);
+                if outcome.is_ok() {
+                    (self.hooks.forgotten)(&domain_id, Some(&id));
+                }
+                answer("DeleteBlobObject", outcome)
+            }
+            Call::Cull { blob_id } => self.cull(&blob_id),
+            Call::Stat => reply::document(&self.stat()),
+            Call::Images => reply::document(&reply::images(&self.catalog.images())),
+        }
+    }
+
+    /// Registers what an entry describes, and tells the daemon. `body` is the entry's JSON.
+    pub fn register(&self, entry: Entry, body: &[u8]) -> Result<Arc<Image>> {
+        let image = self.catalog.register(entry.into_spec()?)?;
+        self.journal.write(Level::Info, || {
+            format!(
+                "image {}/{} registered: {} blobs, bootstrap {}",
+                image.domain_id,
+                image.id,
+                image.blobs.len(),
+                image.bootstrap_path.display()
+            )
+        });
+        (self.hooks.registered)(&image, body);
+        // Removed while the hook ran, when there was nothing to forget yet.
+        if self.catalog.object(&image.domain_id, &image.id).is_none() {
+            (self.hooks.forgotten)(&image.domain_id, Some(&image.id));
+        }
+        Ok(image)
+    }
+
+    fn transition(&self, kind: &str, event: Event, work: &Act) -> Response {
+        match self.state.apply(event, work) {
+            Ok(()) => reply::done(),
+            Err(why) => reply::refused(kind, &why),
+        }
+    }
+
+    /// Without a supervisor there is nobody to hand anything to, and that is no error.
+    fn send_fd(&self) -> Response {
+        if self.identity.supervisor.is_none() {
+            return reply::done();
+        }
+        match (self.hooks.send_fd)() {
+            Err(Error::Unsupported(_)) => reply::unsupported("Upgrade"),
+            outcome => answer("Upgrade", outcome),
+        }
+    }
+
+    fn cull(&self, blob_id: &str) -> Response {
+        let Some(culler) = &self.culler else { return reply::unsupported("DeleteBlobFile") };
+        answer("DeleteBlobFile", culler.cull(blob_id))
+    }
+
+    fn configure(
+        &self,
+        id: Option<&str>,
+        changes: &std::collections::BTreeMap<String, String>,
+    ) -> Result<()> {
+        let mut update = Update::default();
+        for (key, value) in changes {
+            match key.as_str() {
+                "registry_auth" => update.registry_auth = Some(Secret::new(checked_auth(value)?)),
+                "proxy_url" => update.proxy_url = Some(value.clone()),
+                _ => {
+                    return Err(Error::Unsupported(format!(
+                        "{key:?} cannot be changed; registry_auth and proxy_url can"
+                    )));
+                }
+            }
+        }
+        if changes.is_empty() {
+            return Ok(());
+        }
+        // All images share what nydusd keeps under "/".
+        (self.hooks.configure)(id.filter(|id| *id != "/"), &update)?;
+        let mut configured = self.configured.lock().unwrap_or_else(PoisonError::into_inner);
+        configured.extend(changes.keys().cloned());
+        Ok(())
+    }
+
+    /// What was set, without saying to what: one value is a password.
+    fn configuration(&self) -> Value {
+        let configured = self.configured.lock().unwrap_or_else(PoisonError::into_inner);
+        let shown = configured.iter().map(|key| (key.clone(), Value::from("(set)")));
+        Value::Object(shown.collect::<Map<_, _>>())
+    }
+
+    fn stat(&self) -> Value {
+        let mut document = self.statistics.document(&self.statistics.gather());
+        if let Value::Object(fields) = &mut document {
+            fields.insert("version".into(), reply::version());
+            fields.insert("state".into(), self.state.state().name().into());
+            fields.insert("images".into(), self.catalog.images().len().into());
+            fields.insert(
+                "log".into(),
+                json!({
+                    "level": level_name(self.journal.level()),
+                    "lines_dropped": self.journal.dropped(),
+                }),
+            );
+            fields.insert("daemon".into(), (self.hooks.more_statistics)());
+        }
+        document
+    }
+}
+
+fn answer(kind: &str, outcome: Result<()>) -> Response {
+    match outcome {
+        Ok(()) => reply::done(),
+        Err(error) => reply::failed(kind, &error),
+    }
+}
+
+fn counted(kind: &str, metrics: Option<Value>) -> Response {
+    metrics.map_or_else(|| reply::no_counter(kind), |metrics| reply::document(&metrics))
+}
+
+/// base64 of user:password, as the registry's own configuration takes it.
+fn checked_auth(text: &str) -> Result<String> {
+    use base64::Engine as _;
+    let decoded = base64::engine::general_purpose::STANDARD.decode(text.trim());
+    if !decoded.is_ok_and(|bytes| bytes.contains(&b':')) {
+        return Err(Error::Malformed("registry_auth: not base64 of user:password".into()));
+    }
+    Ok(text.trim().to_owned())
+}
