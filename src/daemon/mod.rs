@@ -15,3 +15,5 @@ pub mod statistics;
 
 #[cfg(test)]
 mod control_tests;
+#[cfg(test)]
+mod server_tests;

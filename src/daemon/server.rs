@@ -41,18 +41,8 @@ impl Server {
         let bell = EventFd::from_flags(flags)
             .map_err(|errno| Error::system(errno as i32, "cannot make an eventfd"))?;
         let bell = Arc::new(bell);
-        let (crew, answers) = Crew::start(&control, bell.clone())?;
-        let stop = Arc::new(AtomicBool::new(false));
-        let clients = Clients {
-            socket,
-            control,
-            crew,
-            answers,
-            slots: Vec::new(),
-            next_number: 0,
-            accept_after: Instant::now(),
-            stop: stop.clone(),
-        };
+        let clients = Clients::new(socket, control, bell.clone())?;
+        let stop = clients.stop.clone();
         let thread = std::thread::Builder::new().name("api".into());
         let thread = thread
             .spawn(move || clients.run())
@@ -89,6 +79,24 @@ struct Client {
 }
 
 impl Clients {
+    fn new(
+        socket: ControlSocket,
+        control: Arc<ControlPlane>,
+        bell: Arc<EventFd>,
+    ) -> Result<Clients> {
+        let (crew, answers) = Crew::start(&control, bell)?;
+        Ok(Clients {
+            socket,
+            control,
+            crew,
+            answers,
+            slots: Vec::new(),
+            next_number: 0,
+            accept_after: Instant::now(),
+            stop: Arc::default(),
+        })
+    }
+
     fn run(mut self) {
         while !self.stop.load(Ordering::Acquire) {
             self.turn(None);
@@ -288,4 +296,107 @@ fn begin(
 ) -> std::result::Result<Claim, reply::Response> {
     let call = api::route(request)?;
     crew.give(ticket, call).ok_or_else(|| reply::busy("too many calls are waiting; try again"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{
+        CONTROL_IDLE_MS, CONTROL_REQUEST_WAIT_MS, CONTROL_RESPONSE_WAIT_MS, CONTROL_SLOW_THREADS,
+    };
+    use crate::daemon::control::Hooks;
+    use crate::daemon::control_tests::{control, entry, fixture};
+    use std::io::{Read, Write};
+    use std::path::Path;
+
+    /// A server whose turns and whose time the test makes.
+    fn clients(hooks: Hooks, directory: &Path) -> Clients {
+        let socket = ControlSocket::bind(&directory.join("api.sock")).unwrap();
+        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+        let bell = Arc::new(EventFd::from_flags(flags).unwrap());
+        Clients::new(socket, Arc::new(control(hooks)), bell).unwrap()
+    }
+
+    fn connect(clients: &mut Clients, request: &str) -> UnixStream {
+        let mut stream = UnixStream::connect(clients.socket.path()).unwrap();
+        stream.write_all(request.as_bytes()).unwrap();
+        // One turn lets it in, the next reads it.
+        clients.turn(Some(Instant::now()));
+        clients.accept(Instant::now());
+        clients.turn(Some(Instant::now()));
+        stream
+    }
+
+    fn in_ms(later_ms: u64) -> Instant {
+        Instant::now() + Duration::from_millis(later_ms)
+    }
+
+    fn open(clients: &Clients) -> usize {
+        clients.slots.iter().flatten().count()
+    }
+
+    #[test]
+    fn a_call_that_no_thread_takes_is_answered_503_and_a_running_one_is_left_alone() {
+        let directory = tempfile::tempdir().unwrap();
+        let (report, reports) = crossbeam_channel::unbounded();
+        let (release, wait) = crossbeam_channel::unbounded::<()>();
+        let registered: crate::daemon::control::Registered = Box::new(move |_, _| {
+            report.send(()).unwrap();
+            let _ = wait.recv();
+        });
+        let mut clients = clients(Hooks { registered, ..Hooks::idle() }, directory.path());
+        let mut put = |clients: &mut Clients, id: usize| {
+            let id = format!("i{id}");
+            let body = entry("d", &id, &fixture("zran"), directory.path()).to_string();
+            let head = format!("PUT /api/v2/blobs HTTP/1.1\r\nContent-Length: {}", body.len());
+            connect(clients, &format!("{head}\r\n\r\n{body}"))
+        };
+        let running: Vec<_> = (0..CONTROL_SLOW_THREADS).map(|id| put(&mut clients, id)).collect();
+        for _ in &running {
+            reports.recv().unwrap();
+        }
+        let mut queued = put(&mut clients, CONTROL_SLOW_THREADS);
+        clients.expire(in_ms(CONTROL_QUEUE_WAIT_MS - 1000));
+        queued.set_nonblocking(true).unwrap();
+        assert!(queued.read(&mut [0]).is_err());
+        clients.expire(in_ms(CONTROL_QUEUE_WAIT_MS + 1000));
+        let mut start = [0; 12];
+        queued.read_exact(&mut start).unwrap();
+        assert_eq!(&start, b"HTTP/1.1 503");
+        assert_eq!(open(&clients), CONTROL_SLOW_THREADS + 1);
+        drop(release);
+        // Taken back means never done.
+        assert!(clients.crew.end(Duration::from_secs(60)));
+        assert_eq!(clients.control.catalog.images().len(), CONTROL_SLOW_THREADS);
+    }
+
+    #[test]
+    fn clients_are_given_up_in_every_phase() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut clients = clients(Hooks::idle(), directory.path());
+        let _sending = connect(&mut clients, "GET /api");
+        clients.expire(in_ms(CONTROL_REQUEST_WAIT_MS - 1000));
+        assert_eq!(open(&clients), 1);
+        clients.expire(in_ms(CONTROL_REQUEST_WAIT_MS + 1000));
+        assert_eq!(open(&clients), 0);
+
+        let _idle = connect(&mut clients, "");
+        clients.expire(in_ms(CONTROL_IDLE_MS - 1000));
+        assert_eq!(open(&clients), 1);
+        clients.expire(in_ms(CONTROL_IDLE_MS + 1000));
+        assert_eq!(open(&clients), 0);
+
+        // Answers that nobody reads fill the socket.
+        let mut taking = connect(&mut clients, "");
+        taking.set_nonblocking(true).unwrap();
+        let is_taking = |clients: &Clients| {
+            clients.slots.iter().flatten().any(|it| it.connection.phase() == Phase::Taking)
+        };
+        while !is_taking(&clients) {
+            let _ = taking.write("GET /nothing HTTP/1.1\r\n\r\n".repeat(50).as_bytes());
+            clients.turn(Some(Instant::now()));
+        }
+        clients.expire(in_ms(CONTROL_RESPONSE_WAIT_MS + 1000));
+        assert_eq!(open(&clients), 0);
+    }
 }
