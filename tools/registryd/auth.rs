@@ -92,7 +92,8 @@ impl Auth {
         let scopes: Vec<String> =
             named.flat_map(|(_, value)| value.split(' ').map(str::to_owned)).collect();
         let pulls_only = scopes.iter().all(|scope| scope.ends_with(":pull"));
-        if !known && !(self.anonymous_pull && pulls_only) {
+        let granted = known || (self.anonymous_pull && pulls_only);
+        if !granted {
             return Reply::error(401, "UNAUTHORIZED", "the name or the password is wrong")
                 .with("WWW-Authenticate", "Basic realm=\"registryd\"");
         }

@@ -152,7 +152,7 @@ impl Sender<'_> {
         }
     }
 
-    /// Flips the ordered bit when it is in the piece of the blob that lies at `start` of the buffer.
+    /// Flips the ordered bit when it is in the piece of the blob that lies behind `start`.
     fn flip(&mut self, blob_offset: u64, start: usize) {
         let place = self.effect.flip_bit.and_then(|offset| offset.checked_sub(blob_offset));
         if let Some(byte) = place.and_then(|place| self.buffer[start..].get_mut(place as usize)) {

@@ -1,0 +1,6 @@
+//! What several test programs start or speak to. Each takes what it needs, so not all of it is used
+//! in each: that is what the `allow` is for. Whatever is started here ends when it is dropped.
+#![allow(dead_code, missing_docs)]
+
+pub mod http;
+pub mod registry;
