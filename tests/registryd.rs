@@ -338,6 +338,14 @@ fn tls_is_for_those_who_trust_the_authority() {
 }
 
 #[test]
+fn tls_to_the_plain_port_is_refused_at_once() {
+    let registry = registry(&[]);
+    let mut client = Client::connect(registry.address()).patience(Duration::from_secs(5));
+    client.say(b"\x16\x03\x01\x00\xf4\x01").unwrap();
+    assert!(client.rest().unwrap().starts_with(b"HTTP/1.1 400"));
+}
+
+#[test]
 fn it_ends_with_its_input_and_with_sigterm() {
     let mut orphan = Registry::start(&[]);
     orphan.close_input();

@@ -71,6 +71,11 @@ impl<S: Read + Write> Client<S> {
         self.request("GET", path, &[("Range", &format!("bytes={first}-{last}"))], &[])
     }
 
+    /// Sends these very bytes.
+    pub fn say(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.stream.get_mut().write_all(bytes)
+    }
+
     /// The bytes that come without having been asked for, up to the end of the connection.
     pub fn rest(&mut self) -> io::Result<Vec<u8>> {
         let mut rest = Vec::new();

@@ -49,6 +49,12 @@ impl Connection {
 
     /// The next request; `None` when the peer has closed.
     pub fn read_request(&mut self) -> io::Result<Option<Request>> {
+        // A client that speaks TLS to this port waits for our half of the handshake: without an
+        // answer it would wait out its own patience before it tries plain HTTP.
+        if self.stream.fill_buf()?.first().is_some_and(|first| !first.is_ascii_uppercase()) {
+            self.write_all(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n")?;
+            return Err(invalid("a request that is not HTTP"));
+        }
         let mut head = Vec::new();
         while !head.ends_with(b"\r\n\r\n") {
             let before = head.len();
