@@ -1,7 +1,7 @@
 //! A registry of one's own: `tools/registryd` as a child process that ends with its owner.
 //!
 //! ```ignore
-//! let registry = Registry::with_images(&["--auth", "bearer"]);   // lz4-1m, zstd-64k, zran: `small`
+//! let registry = Registry::with_images(&["--auth", "bearer"]);   // `IMAGES`, tag `small`
 //! registry.fault(json!([{"blob": "", "effect": {"latency_ms": 20}}]));
 //! registry.forget();                                             // empties the journal
 //! assert!(registry.log().is_empty());                            // nobody asked for anything
