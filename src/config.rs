@@ -345,8 +345,6 @@ pub const BOOTSTRAP_LAYER_MAX_BYTES: usize = 512 * MIB;
 pub const CHECK_FAULTS_MAX: usize = 1000;
 /// Files shown as an image's largest.
 pub const INSPECT_LARGEST_FILES: usize = 10;
-/// How long GET stat waits for the cores.
-pub const STATISTICS_WAIT_MS: u64 = 500;
 
 // ---- faults, per core.
 
@@ -457,3 +455,9 @@ pub const CONTROL_ACCEPT_PAUSE_MS: u64 = 100;
 pub const CONTROL_STOP_WAIT_MS: u64 = 2_000;
 /// Cache files one call removes: 256 hash directories in each of some thousand volumes.
 pub const CULL_FILES_MAX: usize = 64 * KIB;
+/// How long cores look for completions before they sleep when the intake mode is to spin.
+pub const SPIN_INTAKE_US: u64 = 50;
+/// Connections to dial ahead for newly registered images, waiting per core.
+pub const DIAL_QUEUE: usize = 64;
+/// How long dialling ahead may take.
+pub const DIAL_DEADLINE_NS: u64 = 10 * SECOND_NS;

@@ -9,19 +9,21 @@ use std::sync::Arc;
 
 use super::catalog::Catalog;
 use super::flight::{FlightId, Flights, RemoteWaiter};
-use super::journal::Journal;
+use super::journal::{Journal, Level};
 use super::map::ChunkState;
 use super::open::OpenBlob;
 use super::statistics::{CoreCounters, CoreStatistics, SnapshotRequest, Stage};
 use super::workbench::Workbench;
 use crate::config::{
-    AHEAD_FETCHERS, DEMAND_FETCHERS, FLIGHT_SLOTS, LANDINGS, LARGE_LANDINGS, PREFETCH_QUEUE,
+    AHEAD_FETCHERS, DEMAND_FETCHERS, DIAL_DEADLINE_NS, DIAL_QUEUE, FLIGHT_SLOTS, LANDINGS,
+    LARGE_LANDINGS, PREFETCH_QUEUE,
 };
 use crate::engine::mesh::{Receiver, Sender};
 use crate::engine::sync::{Gate, Notify, Permits, Queue};
 use crate::engine::{Core, CoreId, Lane};
-use crate::image::identity::ChunkIndex;
-use crate::registry::client::Client;
+use crate::image::identity::{BlobId, ChunkIndex};
+use crate::registry::client::{BlobRef, Client};
+use crate::registry::route::Route;
 
 /// A message to a core.
 pub enum Mail {
@@ -34,6 +36,13 @@ pub enum Mail {
     },
     /// A chunk the receiver waits for has settled.
     Settled,
+    /// Get a token, a redirect and warm connections before the first fault.
+    Dial {
+        /// The way to the backend.
+        route: Arc<Route>,
+        /// A blob the backend has.
+        blob: Option<BlobId>,
+    },
     /// Hand over a copy of the core's statistics.
     Snapshot(SnapshotRequest),
     /// Let nobody new in, finish, end.
@@ -72,6 +81,8 @@ pub struct Crew {
     pub ahead: Queue<FlightId>,
     /// Blobs to prefetch.
     pub prefetch: Queue<Arc<OpenBlob>>,
+    /// Backends to dial ahead.
+    pub dials: Queue<(Arc<Route>, Option<BlobId>)>,
     /// Bodies arriving at once.
     pub landings: Permits,
     /// Of these, the ones with large leases.
@@ -99,6 +110,7 @@ impl Crew {
             demand: Queue::new(FLIGHT_SLOTS),
             ahead: Queue::new(FLIGHT_SLOTS),
             prefetch: Queue::new(PREFETCH_QUEUE),
+            dials: Queue::new(DIAL_QUEUE),
             landings: Permits::new(LANDINGS),
             large_landings: Permits::new(LARGE_LANDINGS),
             benches: RefCell::new(Vec::with_capacity(LANDINGS)),
@@ -117,10 +129,13 @@ impl Crew {
         }
         for _ in 0..AHEAD_FETCHERS {
             let crew = Rc::clone(self);
-            self.core.spawn(Lane::Background, async move { crew.fetch_for(Lane::Background).await });
+            self.core
+                .spawn(Lane::Background, async move { crew.fetch_for(Lane::Background).await });
         }
         let crew = Rc::clone(self);
         self.core.spawn(Lane::Background, async move { crew.prefetch_all().await });
+        let crew = Rc::clone(self);
+        self.core.spawn(Lane::Background, async move { crew.dial_all().await });
         let crew = Rc::clone(self);
         self.core.spawn(Lane::Demand, async move { crew.read_mail(mail, is_over).await });
         let crew = Rc::clone(self);
@@ -157,10 +172,27 @@ impl Crew {
         let _ = self.parts.cores[usize::from(owner.0)].send(mail);
     }
 
+    async fn dial_all(&self) {
+        loop {
+            let (route, blob) = self.dials.pop(&self.core, |_| true).await;
+            let deadline_ns = self.core.now() + DIAL_DEADLINE_NS;
+            let blob = blob.as_ref().map(|blob| BlobRef { id: blob.as_str() });
+            let prepared = self.parts.client.prepare(&self.core, &route, blob, deadline_ns).await;
+            if let Err(error) = prepared {
+                // The image works all the same once its registry does.
+                self.parts.journal.write(Level::Warn, || format!("dialling ahead: {error}"));
+            }
+        }
+    }
+
     async fn read_mail(&self, mail: Receiver<Mail>, is_over: Rc<dyn Fn()>) {
         while let Some(message) = mail.receive(&self.core).await {
             match message {
                 Mail::Await { blob, waiter } => self.enlist(&blob, waiter),
+                Mail::Dial { route, blob } => {
+                    // A favour: when many wait already, the first read dials.
+                    let _ = self.dials.push(&self.core, (route, blob));
+                }
                 Mail::Settled => self.news.wake_all(&self.core),
                 Mail::Snapshot(request) => request.answer(&self.statistics.borrow()),
                 Mail::Stop => break,

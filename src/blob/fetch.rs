@@ -21,7 +21,8 @@ use crate::config::{
 use crate::engine::{Class, Lane, Lease};
 use crate::error::{Error, Result};
 use crate::image::identity::ChunkIndex;
-use crate::registry::client::{BlobRef, Body};
+use crate::registry::body::Body;
+use crate::registry::client::BlobRef;
 
 /// One attempt at a row of units of a flight.
 struct Attempt<'a> {
@@ -210,12 +211,10 @@ impl Crew {
             let segment = landing.bench.segments[place].clone();
             let offset = batch.output_start + segment.bytes.start as u64;
             let began_ns = self.core.now();
-            let (size, filled) = (segment.bytes.len() as u64, blob.object.fill(
-                &self.core,
-                landing.output,
-                segment.bytes.clone(),
-                offset,
-            ));
+            let (size, filled) = (
+                segment.bytes.len() as u64,
+                blob.object.fill(&self.core, landing.output, segment.bytes.clone(), offset),
+            );
             let filled = filled.await;
             landing.output = filled.0;
             if let Err(error) = filled.1 {

@@ -61,7 +61,7 @@ pub fn run(options: &Options) -> Result<Verdict> {
             Error::io(&error, format!("cannot make the directory {}", directory.display()))
         })?;
     }
-    serve(config)
+    serve(&config)
 }
 
 /// The same, with nydusd's options (program name excluded).
@@ -71,9 +71,9 @@ pub fn run_nydusd(arguments: &[OsString]) -> Result<Verdict> {
 }
 
 /// Hands over to the daemon; back when it has stopped.
-fn serve(config: Config) -> Result<Verdict> {
-    let _ = config;
-    Err(Error::Unsupported("`sluice daemon` is not part of this build".to_owned()))
+fn serve(config: &Config) -> Result<Verdict> {
+    crate::daemon::run(config)?;
+    Ok(Verdict::Good)
 }
 
 /// The CPUs this process may run on, ascending.

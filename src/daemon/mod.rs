@@ -7,11 +7,16 @@ pub mod crew;
 pub mod cull;
 pub mod entry;
 pub mod http;
+mod log;
 pub mod reply;
 pub mod server;
+mod service;
 pub mod socket;
 pub mod state;
 pub mod statistics;
+pub mod worker;
+
+pub use service::run;
 
 #[cfg(test)]
 mod control_tests;

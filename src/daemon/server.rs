@@ -6,7 +6,6 @@
 //! answered 503 after a while. Nothing a client sends ends the thread.
 
 use std::os::fd::AsFd;
-use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;

@@ -111,11 +111,7 @@ fn parse_read(id: MessageId, object: ObjectId, payload: &[u8]) -> Result<Message
 }
 
 /// The answer to an OPEN: the object's size in bytes, or an errno. Gives the text's length in `into`.
-pub fn copen(
-    id: MessageId,
-    answer: std::result::Result<u64, i32>,
-    into: &mut [u8; 64],
-) -> usize {
+pub fn copen(id: MessageId, answer: std::result::Result<u64, i32>, into: &mut [u8; 64]) -> usize {
     use std::io::Write;
     let mut rest = &mut into[..];
     let written = match answer {

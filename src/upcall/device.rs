@@ -134,9 +134,10 @@ impl Device {
 
     /// Gives the kernel a command (`cull`, `inuse`, `restore`), from an ordinary thread.
     pub fn command(&self, command: &str) -> Result<()> {
-        let guard = self.guard.as_ref().ok_or_else(|| {
-            Error::Unsupported("a simulated device takes no commands".into())
-        })?;
+        let guard = self
+            .guard
+            .as_ref()
+            .ok_or_else(|| Error::Unsupported("a simulated device takes no commands".into()))?;
         match nix::unistd::write(guard, command.as_bytes()) {
             Ok(_) => Ok(()),
             Err(errno) => {

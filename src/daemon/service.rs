@@ -1,0 +1,189 @@
+//! The daemon from start to stop: device, workers, control API, signals.
+//!
+//! Order of start: log, limits, device, workers, API; nobody is told that it runs before it can serve.
+//! Order of stop: API, workers, device: what the kernel still waits for is failed when the last file
+//! of the cache is closed, so no reader hangs.
+
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::signal::{SigSet, Signal, kill};
+use nix::unistd::Pid;
+
+use super::control::{ControlPlane, Hooks};
+use super::cull::Culler;
+use super::entry::Entry;
+use super::log;
+use super::reply::Identity;
+use super::server::Server;
+use super::socket::ControlSocket;
+use super::state::{Event, Refused, StateMachine};
+use super::statistics::Statistics;
+use super::worker::{WorkerParts, Workers};
+use crate::blob::catalog::Catalog;
+use crate::blob::crew::Mail;
+use crate::blob::journal::{Journal, Level};
+use crate::blob::statistics::Counters;
+use crate::config::Config;
+use crate::error::{Error, Result};
+use crate::registry::route::Shared;
+use crate::upcall::device::Device;
+
+/// Runs a daemon until SIGTERM, SIGINT or the API ends it.
+///
+/// # Errors
+/// What kept it from starting. Once it serves, it does not fail.
+pub fn run(config: &Config) -> Result<()> {
+    if config.upgrade || config.supervisor.is_some() {
+        return Err(Error::Unsupported(
+            "--supervisor and --upgrade: taking over from a running daemon is not supported yet"
+                .into(),
+        ));
+    }
+    // Blocked before any thread starts, so that only the wait below sees them.
+    let signals: SigSet = [Signal::SIGTERM, Signal::SIGINT].into_iter().collect();
+    signals.thread_block().map_err(|errno| Error::system(errno as i32, "cannot block signals"))?;
+    let (journal, lines) = Journal::new(config.log_level);
+    let log = log::start(lines, config.log_file.as_deref())?;
+    let outcome = serve(config, &journal, &signals);
+    drop(journal);
+    // All holders of the journal have ended with the service, so the writer ends too.
+    let _ = log.join();
+    outcome
+}
+
+fn serve(config: &Config, journal: &Arc<Journal>, signals: &SigSet) -> Result<()> {
+    raise_nofile(config.nofile_limit, journal)?;
+    // The API's place is taken first: a second daemon must not get as far as the device.
+    let socket = config.api_socket.as_deref().map(ControlSocket::bind).transpose()?;
+    let device = match &config.fscache_dir {
+        Some(directory) => Some(Arc::new(Device::bind(directory, config.fscache_tag.as_deref())?)),
+        None => None,
+    };
+    let parts = WorkerParts {
+        cpus: config.cores.clone(),
+        device: device.clone(),
+        intake: config.intake,
+        catalog: Arc::new(Catalog::default()),
+        journal: Arc::clone(journal),
+        counters: Counters::new(config.cores.len()),
+        routes: Shared::new(),
+        fault_deadline_ms: config.fault_deadline_ms,
+    };
+    let workers = Workers::start(&parts)?;
+    let control = Arc::new(control_plane(config, &parts, &workers, device));
+    let served = begin(config, &control, socket);
+    drop(parts);
+    if let Ok(server) = served {
+        journal.write(Level::Info, || format!("serving on CPUs {:?}", config.cores));
+        let signal = signals.wait();
+        journal.write(Level::Info, || format!("stopping: {signal:?}"));
+        if let Some(server) = server {
+            server.stop();
+        }
+        workers.stop();
+        Ok(())
+    } else {
+        workers.stop();
+        served.map(drop)
+    }
+}
+
+/// Shows the daemon as running, registers what a file lists, opens the API.
+fn begin(
+    config: &Config,
+    control: &Arc<ControlPlane>,
+    socket: Option<ControlSocket>,
+) -> Result<Option<Server>> {
+    for event in [Event::Mount, Event::Start] {
+        control.state.apply(event, || Ok(())).map_err(|refused| match refused {
+            Refused::Failed(error) => error,
+            other => Error::Malformed(format!("the daemon cannot start: {other:?}")),
+        })?;
+    }
+    if let Some(file) = &config.blobs_file {
+        register_file(file, control)?;
+    }
+    socket.map(|socket| Server::start(socket, Arc::clone(control))).transpose()
+}
+
+fn control_plane(
+    config: &Config,
+    parts: &WorkerParts,
+    workers: &Workers,
+    device: Option<Arc<Device>>,
+) -> ControlPlane {
+    let culler = config.fscache_dir.as_deref().zip(device).map(|(directory, device)| {
+        Culler::new(directory, Arc::new(move |command: &str| device.command(command)))
+    });
+    let (mailboxes, routes) = (workers.mailboxes(), Arc::clone(&parts.routes));
+    let journal = Arc::clone(&parts.journal);
+    let hooks = Hooks {
+        exit: Box::new(|| {
+            kill(Pid::this(), Signal::SIGTERM)
+                .map_err(|errno| Error::system(errno as i32, "cannot signal this process"))
+        }),
+        registered: Box::new(move |image, _| match routes.route(&image.backend) {
+            Ok(route) => {
+                let blob = image.blobs.first().map(|blob| blob.id.clone());
+                for mailbox in &mailboxes {
+                    // Dialling ahead is a favour; a busy core is not asked twice.
+                    let _ =
+                        mailbox.send(Mail::Dial { route: Arc::clone(&route), blob: blob.clone() });
+                }
+            }
+            Err(error) => {
+                let name = format!("{}/{}", image.domain_id, image.id);
+                journal.error(format!("image {name}: no way to its backend: {error}"));
+            }
+        }),
+        ..Hooks::idle()
+    };
+    let supervisor = config.supervisor.as_ref().map(|path| path.display().to_string());
+    ControlPlane {
+        catalog: Arc::clone(&parts.catalog),
+        state: Arc::new(StateMachine::new()),
+        statistics: Arc::new(Statistics::new(Arc::clone(&parts.counters), workers.ask_cores())),
+        journal: Arc::clone(&parts.journal),
+        identity: Identity { id: config.id.clone(), supervisor },
+        culler,
+        hooks,
+        configured: Mutex::default(),
+    }
+}
+
+/// Registers the entries of nydusd's `--config` file: `{"blobs": [entry, ...]}`.
+fn register_file(file: &Path, control: &ControlPlane) -> Result<()> {
+    let failed = |error: Error| error.context(file.display());
+    let text = std::fs::read(file)
+        .map_err(|error| Error::io(&error, format!("configuration file {}", file.display())))?;
+    let list: serde_json::Value = serde_json::from_slice(&text)
+        .map_err(|error| failed(Error::Malformed(format!("not JSON: {error}"))))?;
+    let entries = list.get("blobs").and_then(|blobs| blobs.as_array());
+    for entry in entries.into_iter().flatten() {
+        let body = entry.to_string();
+        let parsed = Entry::parse(body.as_bytes())
+            .map_err(|refusal| failed(Error::Malformed(format!("{refusal:?}"))))?;
+        control.register(parsed, body.as_bytes()).map_err(failed)?;
+    }
+    Ok(())
+}
+
+/// Asks for more open files: each open blob is one.
+fn raise_nofile(wanted: u64, journal: &Journal) -> Result<()> {
+    if wanted == 0 {
+        return Ok(());
+    }
+    let failed = |errno| Error::system(errno as i32, "RLIMIT_NOFILE");
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).map_err(failed)?;
+    if setrlimit(Resource::RLIMIT_NOFILE, wanted, wanted.max(hard)).is_ok() {
+        return Ok(());
+    }
+    // Raising the hard limit takes CAP_SYS_RESOURCE; what is allowed without is mostly enough.
+    setrlimit(Resource::RLIMIT_NOFILE, wanted.min(hard), hard).map_err(failed)?;
+    journal.write(Level::Warn, || {
+        format!("open files are limited to {hard}, not {wanted}: no CAP_SYS_RESOURCE")
+    });
+    Ok(())
+}

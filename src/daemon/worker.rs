@@ -1,0 +1,202 @@
+//! The workers: a thread per core, pinned, each with its ring, its crew and its side of the door.
+//!
+//! All rings are made before any worker serves; if one cannot be, none does. A worker that panics has
+//! broken an invariant: the process aborts, the kernel answers its readers with EIO, and a successor
+//! starts from what is on disk.
+
+use std::cell::Cell;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use nix::sched::{CpuSet, sched_setaffinity};
+use nix::unistd::Pid;
+
+use crate::blob::catalog::Catalog;
+use crate::blob::crew::{Crew, CrewParts, Mail};
+use crate::blob::journal::Journal;
+use crate::blob::statistics::{Counters, SnapshotRequest};
+use crate::config::{
+    HELPER_THREADS, Intake, MAILBOX_CAPACITY, MILLISECOND_NS, SPIN_DEFAULT_US, SPIN_INTAKE_US,
+};
+use crate::daemon::statistics::AskCore;
+use crate::engine::mesh::{Receiver, Sender, Wake, mailbox};
+use crate::engine::offload::Helpers;
+use crate::engine::ring::RingDriver;
+use crate::engine::{Core, CoreId, Driver, Parts};
+use crate::error::{Error, Result};
+use crate::registry::client::Client;
+use crate::registry::route::Shared;
+use crate::upcall::device::Device;
+use crate::upcall::intake::{Door, DoorParts};
+use crate::upcall::objects::DoorMail;
+
+/// What all workers share.
+#[derive(Clone)]
+pub struct WorkerParts {
+    /// The CPUs, one worker each.
+    pub cpus: Vec<usize>,
+    /// The kernel's door; without one the workers serve nobody.
+    pub device: Option<Arc<Device>>,
+    /// How they share it.
+    pub intake: Intake,
+    /// What is registered.
+    pub catalog: Arc<Catalog>,
+    /// The log.
+    pub journal: Arc<Journal>,
+    /// All counters.
+    pub counters: Arc<Counters>,
+    /// Routes, names, certificates, passwords.
+    pub routes: Arc<Shared>,
+    /// A read is answered within this time.
+    pub fault_deadline_ms: u64,
+}
+
+/// The running workers.
+pub struct Workers {
+    threads: Vec<JoinHandle<()>>,
+    mail: Vec<Sender<Mail>>,
+    doors: Vec<Sender<DoorMail>>,
+}
+
+/// The receiving ends of one core.
+struct Boxes {
+    wake: Arc<Wake>,
+    mail: Receiver<Mail>,
+    door: Receiver<DoorMail>,
+}
+
+impl Workers {
+    /// Starts a worker per CPU; back when all serve.
+    ///
+    /// # Errors
+    /// What the first worker that cannot start says; the others have been stopped again.
+    pub fn start(parts: &WorkerParts) -> Result<Workers> {
+        let helpers = Helpers::start(HELPER_THREADS)?;
+        let mut workers = Workers { threads: Vec::new(), mail: Vec::new(), doors: Vec::new() };
+        let mut boxes = Vec::new();
+        for _ in &parts.cpus {
+            let wake = Wake::new()?;
+            let (to_mail, mail) = mailbox(&wake, MAILBOX_CAPACITY);
+            let (to_door, door) = mailbox(&wake, MAILBOX_CAPACITY);
+            workers.mail.push(to_mail);
+            workers.doors.push(to_door);
+            boxes.push(Boxes { wake, mail, door });
+        }
+        let (started, outcomes) = crossbeam_channel::bounded(parts.cpus.len());
+        for (number, boxes) in boxes.into_iter().enumerate() {
+            let (parts, helpers, started) = (parts.clone(), Arc::clone(&helpers), started.clone());
+            let (mail, doors) = (workers.mail.clone(), workers.doors.clone());
+            let thread = std::thread::Builder::new().name(format!("core-{number}"));
+            let body = move || {
+                let worker = || work(number, &parts, boxes, (mail, doors), helpers, &started);
+                if std::panic::catch_unwind(std::panic::AssertUnwindSafe(worker)).is_err() {
+                    std::process::abort();
+                }
+            };
+            let thread = thread
+                .spawn(body)
+                .map_err(|error| Error::io(&error, "cannot start a worker thread"))?;
+            workers.threads.push(thread);
+        }
+        drop(started);
+        let first_error = outcomes.iter().filter_map(Result::err).next();
+        match first_error {
+            None => Ok(workers),
+            Some(error) => {
+                workers.stop();
+                Err(error)
+            }
+        }
+    }
+
+    /// How to ask each core for its statistics.
+    pub fn ask_cores(&self) -> Vec<AskCore> {
+        let ask = |mail: &Sender<Mail>| -> AskCore {
+            let mail = mail.clone();
+            Box::new(move |request: SnapshotRequest| mail.send(Mail::Snapshot(request)).is_ok())
+        };
+        self.mail.iter().map(ask).collect()
+    }
+
+    /// All cores' mailboxes.
+    pub fn mailboxes(&self) -> Vec<Sender<Mail>> {
+        self.mail.clone()
+    }
+
+    /// Takes nothing new, lets readers that wait be answered for a bounded time, ends.
+    pub fn stop(self) {
+        for door in &self.doors {
+            // A full box belongs to a core that ends by itself or is past caring.
+            let _ = door.send(DoorMail::Stop);
+        }
+        for mail in &self.mail {
+            let _ = mail.send(Mail::Stop);
+        }
+        for thread in self.threads {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn work(
+    number: usize,
+    parts: &WorkerParts,
+    boxes: Boxes,
+    (mail, doors): (Vec<Sender<Mail>>, Vec<Sender<DoorMail>>),
+    helpers: Arc<Helpers>,
+    started: &crossbeam_channel::Sender<Result<()>>,
+) {
+    let core = match make_core(number, parts, &boxes, helpers) {
+        Ok(core) => core,
+        Err(error) => {
+            // The receiver waits until all senders are gone.
+            let _ = started.send(Err(error));
+            return;
+        }
+    };
+    let crew_parts = CrewParts {
+        client: Client::new(Arc::clone(&parts.routes)),
+        counters: parts.counters.of_core(number),
+        journal: Arc::clone(&parts.journal),
+        catalog: Arc::clone(&parts.catalog),
+        cores: mail,
+        fault_deadline_ns: parts.fault_deadline_ms * MILLISECOND_NS,
+    };
+    let crew = Crew::new(&core, crew_parts);
+    let is_over = Rc::new(Cell::new(false));
+    let flag = Rc::clone(&is_over);
+    crew.start(boxes.mail, Rc::new(move || flag.set(true)));
+    if let Some(device) = &parts.device {
+        let (device, routes) = (Arc::clone(device), Arc::clone(&parts.routes));
+        let door_parts = DoorParts { device, routes, cores: doors, intake: parts.intake };
+        Door::start(&crew, door_parts, boxes.door);
+    }
+    let _ = started.send(Ok(()));
+    core.run(|| is_over.get());
+    core.shut_down();
+}
+
+fn make_core(
+    number: usize,
+    parts: &WorkerParts,
+    boxes: &Boxes,
+    helpers: Arc<Helpers>,
+) -> Result<Core> {
+    let cpu = parts.cpus[number];
+    let mut set = CpuSet::new();
+    let pinned = set.set(cpu).and_then(|()| sched_setaffinity(Pid::from_raw(0), &set));
+    pinned.map_err(|errno| Error::system(errno as i32, format!("cannot pin to CPU {cpu}")))?;
+    let spin_us = match parts.intake {
+        Intake::Spin => SPIN_INTAKE_US,
+        Intake::Every | Intake::Exclusive | Intake::One => SPIN_DEFAULT_US,
+    };
+    let parts = Parts {
+        driver: Driver::Ring(Box::new(RingDriver::new(Arc::clone(&boxes.wake))?)),
+        wake: Arc::clone(&boxes.wake),
+        helpers: Some(helpers),
+        seed: u64::from(std::process::id()) << 8 | number as u64,
+        spin_ns: spin_us * 1000,
+    };
+    Core::new(CoreId(number as u8), parts)
+}
