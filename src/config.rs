@@ -461,3 +461,7 @@ pub const SPIN_INTAKE_US: u64 = 50;
 pub const DIAL_QUEUE: usize = 64;
 /// How long dialling ahead may take.
 pub const DIAL_DEADLINE_NS: u64 = 10 * SECOND_NS;
+/// nydusd's own bound of --fscache-threads.
+pub const NYDUSD_THREADS_MAX: u32 = 1024;
+/// nydusd's --config file: 16 MiB is a list of some ten thousand images.
+pub const BLOBS_FILE_MAX_BYTES: usize = 16 * MIB;

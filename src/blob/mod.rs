@@ -19,3 +19,6 @@ pub mod schedule;
 mod serve;
 pub mod statistics;
 pub mod workbench;
+
+#[cfg(test)]
+mod catalog_tests;

@@ -94,16 +94,20 @@ impl Entry {
     }
 }
 
-/// Reads the `blobs` list of nydusd's `--config FILE`. Such entries are not converted from the
-/// legacy form there, so only `config_v2` counts; one bad entry is an error for the whole file.
-pub fn parse_list(body: &[u8]) -> std::result::Result<Vec<Entry>, Refusal> {
-    let list: RawList = from_json(body).map_err(Refusal::Parse)?;
-    let entries = list.blobs.into_iter().enumerate();
-    let entries = entries.map(|(index, raw)| {
+/// Reads the `blobs` list of nydusd's `--config FILE`; each entry comes with its own JSON. Such
+/// entries are not converted from the legacy form there, so only `config_v2` counts; one bad entry
+/// is an error for the whole file.
+pub fn parse_list(body: &[u8]) -> std::result::Result<Vec<(Entry, Vec<u8>)>, Refusal> {
+    let list: RawList<RawEntry> = from_json(body).map_err(Refusal::Parse)?;
+    let sources: RawList<Value> = from_json(body).map_err(Refusal::Parse)?;
+    let entries = list.blobs.into_iter().zip(sources.blobs).enumerate();
+    let entries = entries.map(|(index, (raw, source))| {
         if raw.config_v2.is_none() {
             return Err(Refusal::Refused(format!("blobs[{index}]: config_v2 is missing")));
         }
-        Entry::from_raw(raw).map_err(|error| Refusal::Refused(format!("blobs[{index}]: {error}")))
+        let entry = Entry::from_raw(raw)
+            .map_err(|error| Refusal::Refused(format!("blobs[{index}]: {error}")))?;
+        Ok((entry, source.to_string().into_bytes()))
     });
     entries.collect()
 }
@@ -144,9 +148,9 @@ impl std::fmt::Display for ParseError {
 type Parts = (String, Option<PathBuf>, Backend, PathBuf, PrefetchConfig);
 
 #[derive(Deserialize)]
-struct RawList {
-    #[serde(default)]
-    blobs: Vec<RawEntry>,
+struct RawList<T> {
+    #[serde(default = "Vec::new")]
+    blobs: Vec<T>,
 }
 
 #[derive(Deserialize)]

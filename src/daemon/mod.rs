@@ -8,6 +8,7 @@ pub mod cull;
 pub mod entry;
 pub mod http;
 mod log;
+pub mod options;
 pub mod reply;
 pub mod server;
 mod service;
@@ -20,5 +21,7 @@ pub use service::run;
 
 #[cfg(test)]
 mod control_tests;
+#[cfg(test)]
+mod entry_tests;
 #[cfg(test)]
 mod server_tests;
