@@ -98,8 +98,12 @@ impl Figures {
     }
 }
 
+/// The groups the daemon sorts its figures into say nothing a table does not show.
 fn join(name: &str, key: &str) -> String {
-    if name.is_empty() { key.to_owned() } else { format!("{name}.{key}") }
+    match name {
+        "" | "counters" | "latencies" => key.to_owned(),
+        _ => format!("{name}.{key}"),
+    }
 }
 
 fn plain(value: &Value) -> String {
@@ -130,7 +134,7 @@ fn latency(name: &str, fields: &Map<String, Value>) -> Option<Vec<String>> {
             .map_or("-".to_owned(), |value| output::duration(value.saturating_mul(scale)))
     };
     Some(vec![
-        name.to_owned(),
+        name.strip_suffix("_ns").unwrap_or(name).to_owned(),
         fields.get("count").map_or("-".to_owned(), plain),
         figure(&["p50"]),
         figure(&["p99"]),
@@ -171,6 +175,15 @@ mod tests {
         ] {
             assert!(counters.contains(&expected), "{expected:?} in {counters:?}");
         }
+    }
+
+    #[test]
+    fn the_daemons_groups_are_not_repeated_in_every_name() {
+        let mut figures = Figures::default();
+        let read = json!({"count": 1, "p50": 900, "p99": 900, "p999": 900, "max": 900});
+        figures.collect("", &json!({"counters": {"requests": 2}, "latencies": {"read_ns": read}}));
+        assert_eq!(figures.counters, [("requests".to_owned(), "2".to_owned())]);
+        assert_eq!(figures.latencies[0][..3], ["read", "1", "900 ns"].map(str::to_owned));
     }
 
     #[test]
