@@ -366,6 +366,12 @@ fn the_name_nydusd_takes_nydusds_options() {
         .args(["singleton", "--no-such-option"])
         .output()
         .expect("the program runs");
-    assert_ne!(output.status.code(), Some(0));
-    assert!(!stderr(&output).contains("unrecognized subcommand"), "{}", stderr(&output));
+    assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
+    assert!(stderr(&output).contains("--no-such-option"), "{}", stderr(&output));
+    let help = sluice(&["singleton", "--help"]);
+    assert_eq!(help.status.code(), Some(0));
+    assert!(stdout(&help).contains("--fscache-threads"), "{}", stdout(&help));
+    let absent = sluice(&["singleton", "-A", "/nonexistent/a.sock", "--fscache", "/nonexistent/b"]);
+    assert_eq!(absent.status.code(), Some(2));
+    assert!(stderr(&absent).contains("/nonexistent/b"), "{}", stderr(&absent));
 }

@@ -10,8 +10,9 @@ use clap::Args;
 use nix::sched::{CpuSet, sched_getaffinity};
 use nix::unistd::Pid;
 
-use super::Verdict;
+use super::{Verdict, output};
 use crate::config::{self, Config, Intake, LogLevel};
+use crate::daemon::options;
 use crate::error::{Error, Result};
 
 /// The options of `sluice daemon`.
@@ -66,8 +67,18 @@ pub fn run(options: &Options) -> Result<Verdict> {
 
 /// The same, with nydusd's options (program name excluded).
 pub fn run_nydusd(arguments: &[OsString]) -> Result<Verdict> {
-    let _ = arguments;
-    Err(Error::Unsupported("`sluice singleton` is not part of this build".to_owned()))
+    let options = match options::parse(arguments, &cores_allowed()?) {
+        Ok(options) => options,
+        // Help and version are among them; a reader that hung up is no news.
+        Err(error) => {
+            let _ = error.print();
+            return Ok(if error.use_stderr() { Verdict::Misuse } else { Verdict::Good });
+        }
+    };
+    for remark in &options.remarks {
+        output::complain(&format!("sluice: {remark}"));
+    }
+    serve(&options.config)
 }
 
 /// Hands over to the daemon; back when it has stopped.

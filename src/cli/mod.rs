@@ -45,6 +45,8 @@ enum Verdict {
     Good,
     /// Done, and what was looked at is not as it should be.
     Bad,
+    /// Nothing was done: the arguments make no sense, and that has been said.
+    Misuse,
 }
 
 /// The arguments after the program's name.
@@ -150,6 +152,7 @@ fn exit_code(result: Result<Verdict>) -> ExitCode {
     match result {
         Ok(Verdict::Good) => ExitCode::SUCCESS,
         Ok(Verdict::Bad) => ExitCode::FAILURE,
+        Ok(Verdict::Misuse) => ExitCode::from(2),
         Err(error) => {
             output::complain(&format!("sluice: {error}"));
             ExitCode::FAILURE
