@@ -139,7 +139,7 @@ impl Client {
     /// Fetches something small whole. Its sha256 is checked against the digest it was asked by, or
     /// the one the registry names.
     #[expect(clippy::too_many_arguments, reason = "where, what, how, until when")]
-    pub async fn get_small(
+    pub async fn fetch_small(
         &self,
         core: &Core,
         route: &Arc<Route>,

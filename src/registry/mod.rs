@@ -36,6 +36,10 @@ pub mod vault;
 pub mod way;
 
 #[cfg(test)]
+mod client_tests;
+#[cfg(test)]
 mod config_tests;
 #[cfg(test)]
 mod http_tests;
+#[cfg(test)]
+mod server_tests;
