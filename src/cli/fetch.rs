@@ -127,7 +127,7 @@ impl Session {
         let lane = Lane::Demand;
         let (core, route) = (&self.core, &self.route);
         let response =
-            self.client.get_small(core, route, target, accept, limit, deadline_ns, lane).await?;
+            self.client.fetch_small(core, route, target, accept, limit, deadline_ns, lane).await?;
         Ok(response.bytes)
     }
 
