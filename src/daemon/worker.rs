@@ -100,7 +100,9 @@ impl Workers {
             workers.threads.push(thread);
         }
         drop(started);
-        let first_error = outcomes.iter().filter_map(Result::err).next();
+        // The threads keep their senders, so the channel never closes: one answer each is all there is.
+        let answers = outcomes.iter().take(workers.threads.len());
+        let first_error = answers.filter_map(Result::err).next();
         match first_error {
             None => Ok(workers),
             Some(error) => {
