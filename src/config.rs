@@ -264,6 +264,8 @@ pub const CATALOG_ID_MAX_BYTES: usize = 254;
 pub const CATALOG_DOMAIN_MAX_BYTES: usize = 248;
 /// How often a registration starts over because others came in while it compared digests.
 pub const CATALOG_INSERT_TRIES_MAX: usize = 64;
+/// Unfinished files of dead registrations that are stepped over beside an extracted bootstrap.
+pub const INLINED_WRITE_TRIES_MAX: u32 = 16;
 /// Prefetch threads a client may ask for.
 pub const PREFETCH_THREADS_MAX: u32 = 1024;
 /// The largest fetch a client may ask prefetch to make.
@@ -419,7 +421,7 @@ pub const INTAKE_PAUSE_MAX_NS: u64 = MILLISECOND_NS;
 /// How long GET stat waits for the cores.
 pub const STATISTICS_WAIT_MS: u64 = 500;
 
-// ---- control API. Memory: 256 connections x (59 KiB in + answer) and 64 + 16 queued calls.
+// ---- control API. Memory: 256 connections x (59 KiB in + answer) and 2 x 256 queued calls.
 
 /// A request's head; nydusd's HTTP library stops at the same order.
 pub const CONTROL_HEAD_MAX_BYTES: usize = 8 * KIB;
@@ -437,8 +439,9 @@ pub const CONTROL_CONNECTIONS_MAX: usize = 256;
 pub const CONTROL_QUICK_THREADS: usize = 4;
 /// Threads for calls that may wait for a disk or another process.
 pub const CONTROL_SLOW_THREADS: usize = 8;
-/// Calls waiting for each kind of thread; more are answered 503 at once.
-pub const CONTROL_QUEUE_MAX: usize = 64;
+/// Calls waiting for each kind of thread. A connection has at most one, so only calls whose
+/// clients have left can make it too many; those are answered 503 at once.
+pub const CONTROL_QUEUE_MAX: usize = CONTROL_CONNECTIONS_MAX;
 /// A call that no thread took by then is answered 503.
 pub const CONTROL_QUEUE_WAIT_MS: u64 = 10_000;
 /// From the first byte of a request to its last.

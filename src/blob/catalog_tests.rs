@@ -201,6 +201,61 @@ fn a_bootstrap_that_changed_after_registration_is_not_served() {
     assert!(matches!(image.read_bootstrap(), Err(Error::System { errno: libc::ENOENT, .. })));
 }
 
+/// A blob file that ends in `bootstrap`, whose own blob id is still unknown to it.
+fn inlined_blob(bootstrap: &[u8]) -> Vec<u8> {
+    let mut bootstrap = bootstrap.to_vec();
+    let id = blob_id_field(&bootstrap);
+    for at in (0..bootstrap.len() - 64).rev() {
+        if bootstrap[at..at + 64] == id[..] {
+            bootstrap[at..at + 64].fill(b'x');
+        }
+    }
+    let mut header = tar::Header::new_gnu();
+    header.set_path("image.boot").unwrap();
+    header.set_size(bootstrap.len() as u64);
+    header.set_cksum();
+    [&[7; 9000][..], &bootstrap, header.as_bytes()].concat()
+}
+
+/// The first device slot's tag.
+fn blob_id_field(bootstrap: &[u8]) -> [u8; 64] {
+    bootstrap[1408..1472].try_into().unwrap()
+}
+
+#[test]
+fn a_blob_with_its_bootstrap_inside_is_registered_under_its_file_name() {
+    let (shelf, catalog) = (Shelf::new(), Catalog::default());
+    let id = "ab".repeat(32);
+    let blob = shelf.put(&format!("{id}.blob"), "lz4-1m", |bytes| *bytes = inlined_blob(bytes));
+    let image = catalog.register(shelf.spec("d", "i", &blob)).unwrap();
+    assert_eq!(blob_of(&image), id);
+    assert_eq!(image.bootstrap_path, shelf.directory.path().join(format!("{id}.image.boot")));
+    let served = image.read_bootstrap().unwrap();
+    assert_eq!(&blob_id_field(&served)[..], id.as_bytes());
+    assert_eq!(std::fs::read_dir(shelf.directory.path()).unwrap().count(), 2);
+    // Again, elsewhere: the same file is written anew.
+    catalog.register(shelf.spec("e", "i", &blob)).unwrap();
+    assert_eq!(image.read_bootstrap().unwrap(), served);
+}
+
+#[test]
+fn blobs_without_a_bootstrap_inside_are_refused() {
+    let (shelf, catalog) = (Shelf::new(), Catalog::default());
+    let cut = |from_end: usize| {
+        move |bytes: &mut Vec<u8>| {
+            *bytes = inlined_blob(bytes);
+            bytes.truncate(bytes.len() - from_end);
+        }
+    };
+    for (name, from_end) in [("one", 1), ("header", 512), ("most", 100_000)] {
+        let path = shelf.put(name, "lz4-1m", cut(from_end));
+        let error = catalog.register(shelf.spec("d", "i", &path)).unwrap_err();
+        assert!(error.to_string().contains(name), "{error}");
+    }
+    let empty = shelf.put("empty", "lz4-1m", Vec::clear);
+    assert!(catalog.register(shelf.spec("d", "i", &empty)).is_err());
+}
+
 #[test]
 fn many_threads_may_register_the_same_and_one_wins() {
     let (shelf, catalog) = (Shelf::new(), Catalog::default());

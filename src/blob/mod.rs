@@ -8,6 +8,7 @@ pub mod catalog;
 pub mod crew;
 mod fetch;
 pub mod flight;
+mod inlined;
 pub mod journal;
 pub mod load;
 pub mod map;

@@ -5,10 +5,12 @@
 //! are the bytes that were checked. Everything here blocks on the disk; it is called from control
 //! threads or a core's helper threads, never on a core.
 
+use std::fs::File;
 use std::io::Read;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
+use super::inlined;
 use crate::config::{CATALOG_BOOTSTRAP_MAX_BYTES, CATALOG_DOMAIN_MAX_BYTES, CATALOG_ID_MAX_BYTES};
 use crate::error::{Error, Result};
 use crate::image::blob_table::BlobRecord;
@@ -105,7 +107,7 @@ impl Image {
     /// Reads the bootstrap again, for OPEN: the bytes that were checked at registration, or an
     /// error that says the file has changed since. Blocks on the disk.
     pub fn read_bootstrap(&self) -> Result<Vec<u8>> {
-        let bytes = read_file(&self.bootstrap_path)?;
+        let bytes = read_all(open_file(&self.bootstrap_path)?, &self.bootstrap_path)?;
         if digest_of(&bytes) != self.bootstrap_digest {
             return Err(Error::Digest(format!(
                 "{}: the bootstrap of image {}/{} is not the file that was registered; \
@@ -121,11 +123,20 @@ impl Image {
     /// Checks `spec`, reads and parses its bootstrap. Blocks on the disk, holds no lock.
     pub(super) fn load(spec: ImageSpec) -> Result<(Image, Bootstrap)> {
         let (domain_id, id) = names(&spec)?;
-        let bytes = read_file(&spec.metadata_path)?;
+        let file = open_file(&spec.metadata_path)?;
         let work_dir = existing_directory(&spec.work_dir)?;
-        let (digest, size) = (digest_of(&bytes), bytes.len() as u64);
-        let bootstrap =
-            Bootstrap::parse(bytes).map_err(|error| error.context(spec.metadata_path.display()))?;
+        let named = |error: Error| error.context(spec.metadata_path.display());
+        let (bootstrap, bootstrap_path) =
+            match inlined::find(&file, &spec.metadata_path).map_err(named)? {
+                Some(bootstrap) => {
+                    let kept = inlined::keep(&bootstrap, &spec.metadata_path, &work_dir)?;
+                    (bootstrap, kept)
+                }
+                None => {
+                    let bytes = read_all(file, &spec.metadata_path)?;
+                    (Bootstrap::parse(bytes).map_err(named)?, absolute(&spec.metadata_path)?)
+                }
+            };
         let blobs = blobs_of(&bootstrap);
         if blobs.iter().any(|blob| blob.id.as_str() == id) {
             return Err(Error::Malformed(format!(
@@ -136,9 +147,9 @@ impl Image {
             domain_id,
             id,
             config_id: spec.config_id,
-            bootstrap_path: absolute(&spec.metadata_path)?,
-            bootstrap_digest: digest,
-            bootstrap_size_bytes: size,
+            bootstrap_path,
+            bootstrap_digest: digest_of(bootstrap.bytes()),
+            bootstrap_size_bytes: bootstrap.size_bytes(),
             backend: spec.backend,
             work_dir,
             prefetch: spec.prefetch,
@@ -194,24 +205,30 @@ fn blobs_of(bootstrap: &Bootstrap) -> Vec<ImageBlob> {
     bootstrap.blobs().iter().enumerate().map(describe).collect()
 }
 
-/// Reads a regular file of bounded size. A FIFO or a device in its place is refused, not waited
-/// for: hence O_NONBLOCK.
-fn read_file(path: &Path) -> Result<Vec<u8>> {
+/// Opens a regular file. A FIFO or a device in its place is refused, not waited for: hence
+/// O_NONBLOCK.
+fn open_file(path: &Path) -> Result<File> {
     let failed = |error: std::io::Error| Error::io(&error, format!("bootstrap {}", path.display()));
     let mut options = std::fs::OpenOptions::new();
     let file = options.read(true).custom_flags(libc::O_NONBLOCK).open(path).map_err(failed)?;
-    let metadata = file.metadata().map_err(failed)?;
-    if !metadata.is_file() {
-        return Err(Error::Malformed(format!("bootstrap {}: not a regular file", path.display())));
+    if !file.metadata().map_err(failed)?.is_file() {
+        let path = path.display();
+        return Err(Error::Malformed(format!("bootstrap {path}: not a regular file")));
     }
+    Ok(file)
+}
+
+/// Reads a file of bounded size.
+fn read_all(file: File, path: &Path) -> Result<Vec<u8>> {
     let limit = CATALOG_BOOTSTRAP_MAX_BYTES as u64;
-    let mut bytes = Vec::with_capacity(metadata.len().min(limit) as usize);
-    file.take(limit + 1).read_to_end(&mut bytes).map_err(failed)?;
+    let size_bytes = file.metadata().map_or(0, |metadata| metadata.len());
+    let mut bytes = Vec::with_capacity(size_bytes.min(limit) as usize);
+    file.take(limit + 1)
+        .read_to_end(&mut bytes)
+        .map_err(|error| Error::io(&error, format!("bootstrap {}", path.display())))?;
     if bytes.len() as u64 > limit {
-        return Err(Error::Unsupported(format!(
-            "bootstrap {}: larger than {limit} bytes",
-            path.display()
-        )));
+        let path = path.display();
+        return Err(Error::Unsupported(format!("bootstrap {path}: larger than {limit} bytes")));
     }
     Ok(bytes)
 }

@@ -128,3 +128,63 @@ fn serve(
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::daemon::control::Hooks;
+    use crate::daemon::control_tests::control;
+    use nix::sys::eventfd::EfdFlags;
+
+    const PATIENCE: Duration = Duration::from_secs(60);
+
+    #[test]
+    fn more_calls_than_may_wait_are_refused_and_the_other_kind_goes_on() {
+        let (report, reports) = crossbeam_channel::unbounded();
+        let (release, wait) = crossbeam_channel::unbounded::<()>();
+        let send_fd: crate::daemon::control::Act = Box::new(move || {
+            let _ = report.send(());
+            let _ = wait.recv();
+            Ok(())
+        });
+        let mut control = control(Hooks { send_fd, ..Hooks::idle() });
+        control.identity.supervisor = Some("/s.sock".into());
+        let bell = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK).unwrap();
+        let (crew, answers) = Crew::start(&Arc::new(control), Arc::new(bell)).unwrap();
+        let ticket = |number| Ticket { slot: 0, number };
+        for number in 0..CONTROL_SLOW_THREADS as u64 {
+            assert!(crew.give(ticket(number), Call::SendFd).is_some());
+            reports.recv_timeout(PATIENCE).unwrap();
+        }
+        let waiting: Vec<_> =
+            (0..CONTROL_QUEUE_MAX).filter_map(|_| crew.give(ticket(1000), Call::SendFd)).collect();
+        assert_eq!(waiting.len(), CONTROL_QUEUE_MAX);
+        assert!(crew.give(ticket(2000), Call::SendFd).is_none());
+        assert!(crew.give(ticket(3000), Call::Daemon).is_some());
+        let (answered, response) = answers.receiver.recv_timeout(PATIENCE).unwrap();
+        assert_eq!((answered, response.status), (ticket(3000), 200));
+        // Taken back, the waiting ones are never done.
+        assert!(waiting.iter().all(Claim::take));
+        drop(release);
+        assert!(crew.end(PATIENCE));
+        assert_eq!(answers.receiver.try_iter().count(), CONTROL_SLOW_THREADS);
+    }
+
+    #[test]
+    fn a_call_that_does_not_end_is_left_behind() {
+        let (_release, wait) = crossbeam_channel::unbounded::<()>();
+        let start: crate::daemon::control::Act = Box::new(move || {
+            let _ = wait.recv();
+            Ok(())
+        });
+        let control = control(Hooks { takeover: start, ..Hooks::idle() });
+        let control = ControlPlane { state: Arc::default(), ..control };
+        let bell = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK).unwrap();
+        let (crew, _answers) = Crew::start(&Arc::new(control), Arc::new(bell)).unwrap();
+        let claim = crew.give(Ticket { slot: 0, number: 0 }, Call::Takeover).unwrap();
+        while !claim.is_taken() {
+            std::thread::yield_now();
+        }
+        assert!(!crew.end(Duration::from_millis(1)));
+    }
+}

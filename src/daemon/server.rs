@@ -306,6 +306,7 @@ mod tests {
     use crate::daemon::control::Hooks;
     use crate::daemon::control_tests::{control, entry, fixture};
     use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
     use std::path::Path;
 
     /// A server whose turns and whose time the test makes.

@@ -12,7 +12,7 @@ use super::control::{Act, Hooks};
 use super::control_tests::{control, entry, fixture};
 use super::server::Server;
 use super::socket::{ControlSocket, Probe, probe};
-use crate::config::{CONTROL_CONNECTIONS_MAX, CONTROL_QUEUE_MAX, CONTROL_SLOW_THREADS};
+use crate::config::{CONTROL_CONNECTIONS_MAX, CONTROL_SLOW_THREADS};
 
 const GET_DAEMON: &str = "GET /api/v1/daemon HTTP/1.1\r\n\r\n";
 /// Long enough for a loaded machine, short enough to notice a hang.
@@ -265,39 +265,6 @@ fn a_slow_registration_delays_nobody() {
     for stream in &mut slow {
         assert!(read_response(stream).starts_with("HTTP/1.1 204 \r\n"));
     }
-}
-
-#[test]
-fn more_slow_calls_than_may_wait_are_answered_503() {
-    let (hooks, reports, release) = blocking_hook();
-    let daemon = Daemon::start(hooks);
-    let count = CONTROL_SLOW_THREADS + CONTROL_QUEUE_MAX;
-    let begun: Vec<UnixStream> =
-        (0..CONTROL_SLOW_THREADS).map(|index| daemon.put_image(&format!("i{index}"))).collect();
-    for _ in 0..CONTROL_SLOW_THREADS {
-        reports.recv_timeout(PATIENCE).unwrap();
-    }
-    // Two more than may wait. Which two are refused depends on who is read first.
-    let more =
-        (CONTROL_SLOW_THREADS..count + 2).map(|index| daemon.put_image(&format!("i{index}")));
-    let streams: Vec<UnixStream> = begun.into_iter().chain(more).collect();
-    let (sender, statuses) = crossbeam_channel::unbounded();
-    std::thread::scope(|scope| {
-        for mut stream in streams {
-            let sender = sender.clone();
-            scope.spawn(move || {
-                let response = read_response(&mut stream);
-                sender.send(response.split(' ').nth(1).unwrap_or_default().to_owned()).unwrap();
-            });
-        }
-        for _ in 0..2 {
-            assert_eq!(statuses.recv_timeout(PATIENCE).unwrap(), "503");
-        }
-        drop(release);
-        for _ in 0..count {
-            assert_eq!(statuses.recv_timeout(PATIENCE).unwrap(), "204");
-        }
-    });
 }
 
 #[test]
