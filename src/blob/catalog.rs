@@ -266,9 +266,9 @@ fn rivals(
     for (index, blob) in image.blobs.iter().enumerate() {
         let Some(shared) = domain.blobs.get(blob.id.as_str()) else { continue };
         let mut lists = vec![blob.chunks];
-        lists.extend(shared.holders.iter().filter_map(|holder| {
-            compared.iter().any(|done| Arc::ptr_eq(done, &holder.image)).then(|| holder.chunks())
-        }));
+        let is_compared =
+            |holder: &&Holder| compared.iter().any(|done| Arc::ptr_eq(done, &holder.image));
+        lists.extend(shared.holders.iter().filter(is_compared).map(Holder::chunks));
         for holder in &shared.holders {
             if !lists.contains(&holder.chunks()) {
                 lists.push(holder.chunks());

@@ -62,7 +62,7 @@ fn drop_chunk(first: bool) -> impl FnOnce(&mut Vec<u8>) {
     }
 }
 
-fn flip_last_digest(bytes: &mut Vec<u8>) {
+fn flip_last_digest(bytes: &mut [u8]) {
     let (offset, size) = chunk_table(bytes);
     bytes[offset + size - 80] ^= 1;
 }
@@ -177,7 +177,7 @@ fn two_digests_for_one_chunk_are_refused_within_a_domain() {
     let (shelf, catalog) = (Shelf::new(), Catalog::default());
     let less = shelf.put("less", "lz4-1m", drop_chunk(false));
     let good = shelf.put("good", "lz4-1m", |_| ());
-    let bad = shelf.put("bad", "lz4-1m", flip_last_digest);
+    let bad = shelf.put("bad", "lz4-1m", |bytes| flip_last_digest(bytes));
     catalog.register(shelf.spec("d", "less", &less)).unwrap();
     catalog.register(shelf.spec("d", "good", &good)).unwrap();
     // The first image does not list that chunk; the second does.
@@ -374,8 +374,9 @@ proptest! {
                     catalog.unregister_domain(&domain);
                 }
             }
+            let key = |image: &Image| (image.domain_id.clone(), image.id.clone());
             let images = catalog.images();
-            let images = images.iter().map(|it| ((it.domain_id.clone(), it.id.clone()), blob_of(it)));
+            let images = images.iter().map(|image| (key(image), blob_of(image)));
             prop_assert_eq!(images.collect::<BTreeMap<_, _>>(), model.images.clone());
             let domains = ["d0", "d1"].map(|domain| catalog.list(domain, None));
             let listed = domains.iter().flatten().filter_map(|it| {

@@ -2,8 +2,9 @@
 //!
 //! Builders can write image.boot at the end of the blob, found through the blob's table of contents
 //! or a tar header. nydusd takes the path of such a blob for a bootstrap, the file's name up to its
-//! first dot being the blob's id; so do we, for a blob that is a local file. What is found is checked
-//! by the image room and written beside the image's other files, since it is read again at OPEN.
+//! first dot being the blob's id; so do we, for a blob that is a local file. What is found is
+//! checked by the image room and written beside the image's other files, since it is read again at
+//! OPEN.
 
 use std::fs::File;
 use std::io::{ErrorKind, Write};

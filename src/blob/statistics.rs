@@ -2,8 +2,8 @@
 //!
 //! Two kinds. [`Counters`] are atomic, one block of cache lines per core, and may be read at any
 //! time by anybody. [`CoreStatistics`] (histograms) are plain memory that one core owns; control
-//! asks for them with a [`SnapshotRequest`] through the core's mailbox and the core copies them into
-//! memory that control brought along: nothing is allocated on a core after start.
+//! asks for them with a [`SnapshotRequest`] through the core's mailbox and the core copies them
+//! into memory that control brought along: nothing is allocated on a core after start.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};

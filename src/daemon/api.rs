@@ -1,8 +1,8 @@
 //! What a request to the control socket means.
 //!
 //! Pure: method, path, query and body go in; a [`Call`] or the error response comes out. Paths,
-//! methods, status codes and texts are those of nydusd in singleton mode, because its clients match on
-//! them; the endpoints below `/api/sluice/v1/` are ours.
+//! methods, status codes and texts are those of nydusd in singleton mode, because its clients match
+//! on them; the endpoints below `/api/sluice/v1/` are ours.
 
 use std::collections::BTreeMap;
 

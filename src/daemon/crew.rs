@@ -1,8 +1,9 @@
 //! The threads that do the control API's calls.
 //!
-//! Two kinds, so that calls that only look at memory never stand behind calls that wait for a disk. A
-//! job that waited too long can be taken back, as long as no thread has begun it. Threads end when
-//! the crew is dropped and their call, if any, returns; nobody waits longer than a bound for that.
+//! Two kinds, so that calls that only look at memory never stand behind calls that wait for a disk.
+//! A job that waited too long can be taken back, as long as no thread has begun it. Threads end
+//! when the crew is dropped and their call, if any, returns; nobody waits longer than a bound for
+//! that.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

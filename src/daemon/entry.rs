@@ -2,9 +2,9 @@
 //! `blobs` list of nydusd's configuration file).
 //!
 //! Pure: it reads bytes and returns values. Two spellings exist, `config` (legacy, what
-//! nydus-snapshotter sends) and `config_v2`, which wins when both are there. Keys we do not know are
-//! passed over as nydusd does (clients send `fs_prefetch` and `readahead`), except in the backend's
-//! part: there everything is honoured or refused, by `registry::config`.
+//! nydus-snapshotter sends) and `config_v2`, which wins when both are there. Keys we do not know
+//! are passed over as nydusd does (clients send `fs_prefetch` and `readahead`), except in the
+//! backend's part: there everything is honoured or refused, by `registry::config`.
 
 use std::path::PathBuf;
 
@@ -58,7 +58,7 @@ impl Entry {
     pub fn into_spec(self) -> Result<ImageSpec> {
         if self.kind != "bootstrap" {
             return Err(Error::Unsupported(format!(
-                "Invalid argument (os error 22): type is {:?}; only \"bootstrap\" can be registered",
+                "Invalid argument (os error 22): type is {:?}; only \"bootstrap\" is possible",
                 self.kind
             )));
         }

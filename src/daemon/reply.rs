@@ -1,7 +1,7 @@
 //! Responses of the control API: statuses and JSON shapes.
 //!
-//! Pure. An error body is `{"code":"UNDEFINED","message":...}`; the message has the shape of nydusd's
-//! Debug output, because its clients look for parts of it.
+//! Pure. An error body is `{"code":"UNDEFINED","message":...}`; the message has the shape of
+//! nydusd's Debug output, because its clients look for parts of it.
 
 use std::sync::Arc;
 
@@ -11,7 +11,7 @@ use super::entry::ParseError;
 use super::state::{Event, Refused, State};
 use crate::blob::catalog::Listed;
 use crate::blob::journal::Errors;
-use crate::blob::registration::Image;
+use crate::blob::registration::{Image, ImageBlob};
 use crate::config::{JOURNAL_ERRORS_MAX, JOURNAL_ERRORS_MAX_BYTES};
 use crate::error::Error;
 use crate::registry::config::Backend;
@@ -186,7 +186,10 @@ fn listed_one(listed: &Listed) -> Value {
 }
 
 fn image_one(image: &Image) -> Value {
-    let blob = |blob: &crate::blob::registration::ImageBlob| json!({ "id": blob.id.as_str(), "size": blob.uncompressed_size_bytes });
+    let blob = |blob: &ImageBlob| {
+        let (id, size) = (blob.id.as_str(), blob.uncompressed_size_bytes);
+        json!({ "id": id, "size": size })
+    };
     json!({
         "type": "bootstrap",
         "id": image.id,

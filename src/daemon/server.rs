@@ -2,8 +2,8 @@
 //!
 //! The thread never blocks on a client: sockets do not block, each client has deadlines, and what a
 //! client sends or does not read is bounded. So a client that stalls holds only its own connection,
-//! and when all connections are in use the longest idle one makes room. A call that finds no thread is
-//! answered 503 after a while. Nothing a client sends ends the thread.
+//! and when all connections are in use the longest idle one makes room. A call that finds no thread
+//! is answered 503 after a while. Nothing a client sends ends the thread.
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -345,7 +345,7 @@ mod tests {
             let _ = wait.recv();
         });
         let mut clients = clients(Hooks { registered, ..Hooks::idle() }, directory.path());
-        let mut put = |clients: &mut Clients, id: usize| {
+        let put = |clients: &mut Clients, id: usize| {
             let id = format!("i{id}");
             let body = entry("d", &id, &fixture("zran"), directory.path()).to_string();
             let head = format!("PUT /api/v2/blobs HTTP/1.1\r\nContent-Length: {}", body.len());

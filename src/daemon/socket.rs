@@ -42,7 +42,7 @@ impl ControlSocket {
     /// Binds `path`, mode 0600, replacing what a dead daemon left there.
     ///
     /// # Errors
-    /// `Busy` when another daemon listens there, `Exists` when something else than a socket is there.
+    /// `Busy` when another daemon listens there, `Exists` when there is something else.
     pub fn bind(path: &Path) -> Result<ControlSocket> {
         let failed = |error: std::io::Error| {
             Error::io(&error, format!("cannot listen on {}", path.display()))
@@ -134,8 +134,8 @@ fn take_turn(directory: File) -> std::io::Result<Flock<File>> {
     attempt.map_err(|(_, errno)| errno.into())
 }
 
-/// Binds in `private` and renames to `path`. The name goes through /proc because `private` is longer
-/// than `path` and an address has 108 bytes.
+/// Binds in `private` and renames to `path`. The name goes through /proc because `private` is
+/// longer than `path` and an address has 108 bytes.
 fn bind_in(private: &Path, path: &Path) -> std::io::Result<(UnixListener, (u64, u64))> {
     UnixAddr::new(path)?;
     let directory = File::open(private)?;
