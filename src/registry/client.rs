@@ -16,7 +16,7 @@ use crate::config as limits;
 use crate::engine::sync::Notify;
 use crate::engine::{Core, Lane};
 use crate::error::{Error, Result};
-use crate::registry::body::Body;
+
 use crate::registry::config::Backend;
 use crate::registry::fetch::{Ask, Hop};
 use crate::registry::http::Method;
@@ -27,6 +27,7 @@ use crate::registry::request::warm;
 use crate::registry::route::{Route, Shared};
 use crate::registry::way::Way;
 
+pub use crate::registry::body::Body;
 pub use crate::registry::fetch::Target;
 
 /// A data blob.

@@ -42,4 +42,6 @@ mod config_tests;
 #[cfg(test)]
 mod http_tests;
 #[cfg(test)]
+mod login_tests;
+#[cfg(test)]
 mod server_tests;
