@@ -10,7 +10,8 @@ use sluice::registry::http::{Method, RequestHead, check_range, parse_response};
 const RESPONSE: &[u8] = b"HTTP/1.1 206 Partial Content\r\nAccept-Ranges: bytes\r\n\
     Cache-Control: max-age=31536000\r\nContent-Length: 262144\r\n\
     Content-Range: bytes 1048576-1310719/209715200\r\nContent-Type: application/octet-stream\r\n\
-    Docker-Content-Digest: sha256:4d37c03fbeb86c36069fa172dbc78997d7432339a2d01f9fb3b9a51e497ac06d\r\n\
+    Docker-Content-Digest: \
+    sha256:4d37c03fbeb86c36069fa172dbc78997d7432339a2d01f9fb3b9a51e497ac06d\r\n\
     Docker-Distribution-Api-Version: registry/2.0\r\n\
     Etag: \"sha256:4d37c03fbeb86c36069fa172dbc78997d7432339a2d01f9fb3b9a51e497ac06d\"\r\n\
     Date: Thu, 01 Jan 2026 00:00:00 GMT\r\n\r\n";

@@ -280,7 +280,10 @@ mod tests {
 
     #[test]
     fn challenges_are_read_in_every_form_seen() {
-        let full = r#"Bearer realm="https://auth.example/token",service="a, b=\"c\"",scope="repository:x/y:pull,push""#;
+        let full = concat!(
+            r#"Bearer realm="https://auth.example/token",service="a, b=\"c\"","#,
+            r#"scope="repository:x/y:pull,push""#
+        );
         let [Challenge::Bearer(found)] = &parse_challenges(full)[..] else { panic!("one bearer") };
         assert_eq!(found.realm, "https://auth.example/token");
         assert_eq!(found.service, "a, b=\"c\"");
@@ -368,7 +371,9 @@ mod tests {
 
     proptest::proptest! {
         #[test]
-        fn no_text_breaks_the_challenge_parser(text in "(Bearer |Basic |realm=|\"|,|=|\\\\|.){0,30}") {
+        fn no_text_breaks_the_challenge_parser(
+            text in "(Bearer |Basic |realm=|\"|,|=|\\\\|.){0,30}",
+        ) {
             let found = parse_challenges(&text);
             proptest::prop_assert!(found.len() <= limits::AUTH_CHALLENGE_COUNT_MAX);
         }

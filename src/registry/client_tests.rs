@@ -105,6 +105,11 @@ pub fn plain(server: &Server, extra: Value) -> Value {
     config
 }
 
+/// An answer with this Content-Range and the rest as given.
+fn ranged(range: &str, rest: &str) -> Vec<u8> {
+    format!("HTTP/1.1 206 P\r\nContent-Range: bytes {range}\r\n{rest}").into_bytes()
+}
+
 fn expect(range: Range<usize>) -> Vec<u8> {
     blob()[range].to_vec()
 }
@@ -167,20 +172,13 @@ fn wrong_answers_are_errors_that_name_what_came() {
             },
             "status 200",
         ),
-        (
-            |_| {
-                b"HTTP/1.1 206 P\r\nContent-Range: bytes 0-9/99\r\nContent-Length: 10\r\n\r\n0123456789".to_vec()
-            },
-            "got bytes 0-9",
-        ),
+        (|_| ranged("0-9/99", "Content-Length: 10\r\n\r\n0123456789"), "got bytes 0-9"),
         (|_| status(416, ""), "416"),
         (|_| status(500, ""), "500"),
         (|_| b"garbage\r\n\r\n".to_vec(), "response head"),
         (|_| Vec::new(), "closed without an answer"),
         (
-            |_| {
-                b"HTTP/1.1 206 P\r\nContent-Range: bytes 5-9/99\r\nTransfer-Encoding: chunked\r\n\r\n6\r\n012345\r\n0\r\n\r\n".to_vec()
-            },
+            |_| ranged("5-9/99", "Transfer-Encoding: chunked\r\n\r\n6\r\n012345\r\n0\r\n\r\n"),
             "longer",
         ),
     ];

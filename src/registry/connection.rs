@@ -1,9 +1,9 @@
 //! One connection to a server or a proxy: plain or TLS, from dialling to closing.
 //!
 //! Owns its socket and, while a request is on its way, one wire lease cut into three zones: the
-//! request head, text that was received, and ciphertext. An idle connection holds no lease. Dropping
-//! it closes it. Knows nothing of HTTP; body bytes of a plain connection go from the socket to where
-//! they are wanted, those of a TLS one are decrypted there.
+//! request head, text that was received, and ciphertext. An idle connection holds no lease.
+//! Dropping it closes it. Knows nothing of HTTP; body bytes of a plain connection go from the
+//! socket to where they are wanted, those of a TLS one are decrypted there.
 
 use std::net::SocketAddr;
 use std::ops::Range;

@@ -1,9 +1,9 @@
 //! One request and its answer on one connection.
 //!
-//! `start` takes a place on a line, sends the request on the warmest connection and returns with the
-//! parsed head; `read` hands out the body; `finish` gives the connection back when the body was read
-//! to its end. A reused connection that fails before a byte of the answer is replaced by a fresh one,
-//! once, at no cost to the caller's tries. A body must make progress: less than
+//! `start` takes a place on a line, sends the request on the warmest connection and returns with
+//! the parsed head; `read` hands out the body; `finish` gives the connection back when the body was
+//! read to its end. A reused connection that fails before a byte of the answer is replaced by a
+//! fresh one, once, at no cost to the caller's tries. A body must make progress: less than
 //! HTTP_BODY_PROGRESS_SIZE_MIN in one timeout is an error. Decides nothing about statuses.
 
 use std::ops::Range;

@@ -1,9 +1,9 @@
 //! The story of one request to a route: sources, tokens, redirects, tries.
 //!
-//! `fetch` goes round the sources until one answers as it should, pausing between rounds, within the
-//! caller's deadline and a bounded number of tries. `attempt` is one try at one source: it follows
-//! redirects (never with our credentials to another origin), renews the token once, and remembers
-//! where blobs are kept. A refusal by the origin ends the request; a refusal by a mirror does not.
+//! `fetch` goes round the sources until one answers as it should, pausing between rounds, within
+//! the caller's deadline and a bounded number of tries. `attempt` is one try at one source: it
+//! follows redirects (never with our credentials to another origin), renews the token once, and
+//! remembers where blobs are kept. A refusal by the origin ends the request; a refusal by a mirror does not.
 
 use std::ops::Range;
 use std::rc::Rc;
@@ -70,10 +70,13 @@ impl Client {
         let (mut tried, mut round) = (0, 0);
         let mut last = None;
         loop {
+            let mut before = None;
             let picked = way.health.borrow().pick(tried, core.now());
             let error = match (picked, last.take()) {
-                (Some(source), _) => {
+                (Some(source), earlier) => {
+                    before = earlier;
                     tried |= 1 << source;
+                    way.health.borrow_mut().begin(source, core.now());
                     tries_left -= 1;
                     match self.attempt(core, way, source, ask, deadline_ns, lane).await {
                         Ok(exchange) => return Ok((exchange, source)),
@@ -101,7 +104,12 @@ impl Client {
             if tries_left == 0 || core.now() >= deadline_ns || error == Error::Shutdown {
                 return Err(error);
             }
-            last = Some(error);
+            // What a mirror lacks the origin may have, as soon as it answers.
+            let is_origin = picked == Some(way.route.sources.len() - 1);
+            last = match before {
+                Some(before) if is_worth_retrying(&before) && !is_origin => Some(before),
+                _ => Some(error),
+            };
         }
     }
 

@@ -185,6 +185,8 @@ fn broken(why: &str) -> Error {
 
 #[cfg(test)]
 mod tests {
+    use proptest::collection::vec;
+
     use super::*;
 
     fn decode_all(framing: Framing, wire: &[u8], step: usize) -> Result<(Vec<u8>, usize)> {
@@ -254,7 +256,7 @@ mod tests {
 
     proptest::proptest! {
         #[test]
-        fn no_bytes_break_the_decoder(wire in proptest::collection::vec(0_u8.., 0..200), step in 1..50_usize) {
+        fn no_bytes_break_the_decoder(wire in vec(0_u8.., 0..200), step in 1..50_usize) {
             for framing in [Framing::Chunked, Framing::Length(100), Framing::UntilClose] {
                 if let Ok((body, used)) = decode_all(framing, &wire, step) {
                     proptest::prop_assert!(body.len() <= used && used <= wire.len());
@@ -263,7 +265,10 @@ mod tests {
         }
 
         #[test]
-        fn what_is_chunked_comes_back(chunks in proptest::collection::vec(proptest::collection::vec(0_u8.., 1..40), 0..8), step in 1..50_usize) {
+        fn what_is_chunked_comes_back(
+            chunks in vec(vec(0_u8.., 1..40), 0..8),
+            step in 1..50_usize,
+        ) {
             let mut wire = Vec::new();
             for chunk in &chunks {
                 wire.extend_from_slice(format!("{:x}\r\n", chunk.len()).as_bytes());
@@ -271,7 +276,8 @@ mod tests {
                 wire.extend_from_slice(b"\r\n");
             }
             wire.extend_from_slice(b"0\r\n\r\n");
-            proptest::prop_assert_eq!(decode_all(Framing::Chunked, &wire, step).unwrap().0, chunks.concat());
+            let decoded = decode_all(Framing::Chunked, &wire, step).unwrap().0;
+            proptest::prop_assert_eq!(decoded, chunks.concat());
         }
     }
 }

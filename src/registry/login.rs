@@ -1,8 +1,8 @@
 //! Getting a token: one core fetches, the others wait and share.
 //!
 //! Answers a challenge with the configured password, else with Docker's. Which challenge: the
-//! source's own when it may give one, else the origin's, so that a mirror cannot name a token server
-//! for the origin's password.
+//! source's own when it may give one, else the origin's, so that a mirror cannot name a token
+//! server for the origin's password.
 
 use std::rc::Rc;
 use std::sync::Arc;

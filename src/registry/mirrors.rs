@@ -45,8 +45,8 @@ impl Health {
         Health { sources }
     }
 
-    /// The source to try at `now_ns`, when those in the set `tried` have been: well sources in their
-    /// order, then suspect ones in theirs; `None` when the round is over.
+    /// The source to try at `now_ns`, when those in the set `tried` have been: well sources in
+    /// their order, then suspect ones in theirs; `None` when the round is over.
     ///
     /// With sources 0 (out), 1 (suspect) and 2 (well), the tries of a round go to 2, then 1.
     pub fn pick(&self, tried: u32, now_ns: u64) -> Option<usize> {
@@ -55,6 +55,18 @@ impl Health {
         let well =
             std::iter::once(first).chain(left).find(|index| !self.is_suspect(*index, now_ns));
         Some(well.unwrap_or(first))
+    }
+
+    /// A request is about to try a source. One that has failed is thereby kept from others for a
+    /// while: one request finds out whether it is back, the rest do not wait for it.
+    pub fn begin(&mut self, index: usize, now_ns: u64) {
+        let source = &mut self.sources[index];
+        if source.failures > 0 {
+            source.suspect_until_ns = now_ns + limits::REGISTRY_SUSPECT_NS;
+        }
+        if source.failures >= source.failure_limit {
+            source.out_until_ns = now_ns.saturating_add(source.interval_ns);
+        }
     }
 
     /// How many sources a round may have.
@@ -160,6 +172,18 @@ mod tests {
         health.succeeded(0);
         assert_eq!(round(&health, 6 * SECOND), [0, 1, 2]);
         assert!(!health.is_troubled(0));
+    }
+
+    #[test]
+    fn one_request_finds_out_whether_a_source_is_back() {
+        let mut health = three();
+        health.failed(0, 0);
+        health.failed(0, 0);
+        assert_eq!(health.pick(0, 5 * SECOND), Some(0));
+        health.begin(0, 5 * SECOND);
+        assert_eq!(health.pick(0, 5 * SECOND), Some(1));
+        health.begin(1, 5 * SECOND);
+        assert_eq!(health.pick(0, 5 * SECOND), Some(1), "a well source is for everybody");
     }
 
     #[test]

@@ -45,3 +45,5 @@ mod http_tests;
 mod login_tests;
 #[cfg(test)]
 mod server_tests;
+#[cfg(test)]
+mod vault_tests;

@@ -1,8 +1,8 @@
 //! Routes: what all cores share about one backend, and what the process shares about all of them.
 //!
 //! A route is interned: equal backends are one route, with one token per repository, so a node with
-//! a hundred images of one registry behaves like one client. A route lives as long as somebody holds
-//! it. Its sources stand in their order of preference, the origin last. Does no I/O.
+//! a hundred images of one registry behaves like one client. A route lives as long as somebody
+//! holds it. Its sources stand in their order of preference, the origin last. Does no I/O.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -265,7 +265,8 @@ mod tests {
     #[test]
     fn sources_stand_in_order_and_the_origin_last() {
         let shared = Shared::at(None, Path::new("/nonexistent"));
-        let config = json!({"host": "h", "repo": "r", "proxy": {"url": "http://p", "use_http": true},
+        let config = json!({"host": "h", "repo": "r",
+            "proxy": {"url": "http://p", "use_http": true},
             "mirrors": [{"host": "m1", "auth_through": true}, {"host": "http://m2"}]});
         let full = route(&shared, config);
         let hosts: Vec<_> = full.sources.iter().map(|s| s.peer.origin.to_string()).collect();

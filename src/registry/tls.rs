@@ -202,7 +202,8 @@ fn build(skip_verify: bool, own: &HostFiles) -> Result<ClientConfig> {
     Ok(config)
 }
 
-/// What Docker's directory holds for one host: `*.crt` are roots, `NAME.cert` with `NAME.key` is us.
+/// What Docker's directory holds for one host: `*.crt` are roots, `NAME.cert` with `NAME.key` is
+/// who we are.
 #[derive(Default)]
 struct HostFiles {
     roots: Vec<CertificateDer<'static>>,

@@ -1,8 +1,8 @@
 //! Reads Docker's configuration file and runs credential helpers; blocking, for helper threads.
 //!
 //! The file is looked at each time and parsed again when its time or size changed, so a `docker
-//! login` counts from the next token on. A helper gets its key on standard input, has a bounded time
-//! and a bounded output, and is ended when it keeps neither. Nothing a helper prints is shown.
+//! login` counts from the next token on. A helper gets its key on standard input, has a bounded
+//! time and a bounded output, and is ended when it keeps neither. Nothing a helper prints is shown.
 
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
@@ -81,7 +81,7 @@ impl Vault {
 }
 
 /// Runs `PROGRAM get`; `None` when it has nothing for `key`.
-fn ask_helper(program: &str, key: &str) -> Result<Option<Credential>> {
+pub fn ask_helper(program: &str, key: &str) -> Result<Option<Credential>> {
     let failed = |why: String| Error::Denied(format!("credential helper {program}: {why}"));
     let child = Command::new(program)
         .arg("get")
