@@ -70,17 +70,15 @@ impl Client {
         let (mut tried, mut round) = (0, 0);
         let mut last = None;
         loop {
-            let mut before = None;
             let picked = way.health.borrow().pick(tried, core.now());
-            let error = match (picked, last.take()) {
-                (Some(source), earlier) => {
-                    before = earlier;
+            let (error, before) = match (picked, last.take()) {
+                (Some(source), before) => {
                     tried |= 1 << source;
                     way.health.borrow_mut().begin(source, core.now());
                     tries_left -= 1;
                     match self.attempt(core, way, source, ask, deadline_ns, lane).await {
                         Ok(exchange) => return Ok((exchange, source)),
-                        Err(error) => error,
+                        Err(error) => (error, before),
                     }
                 }
                 (None, Some(error)) => {
