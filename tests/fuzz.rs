@@ -14,6 +14,15 @@ use sluice::image::layer::read_bootstrap;
 use sluice::image::manifest::{Document, Platform};
 use sluice::image::toc::{BOOTSTRAP_NAME, TAIL_BYTES, Tail};
 use sluice::image::{Bootstrap, ChunkIndex, ContextTable, Decoder, Layout};
+use sluice::registry::auth::{Challenge, parse_challenges, parse_token};
+use sluice::registry::config::Backend;
+use sluice::registry::credentials::DockerConfig;
+use sluice::registry::framing::Decoder as Framed;
+use sluice::registry::http::{Method, Span, check_range, parse_response};
+use sluice::registry::origin::Location;
+use sluice::registry::redirects::life_ns;
+use sluice::registry::reference::Reference;
+use sluice::registry::timestamp::parse_retry_after_ms;
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
@@ -72,6 +81,65 @@ fn manifests() {
 #[test]
 fn layers() {
     fuzz("layer", Vec::new(), |input| read_bootstrap(input).map(drop));
+}
+
+/// A response head and the body behind it, as a connection reads them.
+#[test]
+fn responses() {
+    let seeds: [&[u8]; 3] = [
+        b"HTTP/1.1 206 P\r\nContent-Range: bytes 5-9/20\r\nContent-Length: 5\r\n\r\nhello",
+        b"HTTP/1.1 206 P\r\nContent-Range: bytes 5-9/*\r\nTransfer-Encoding: chunked\r\n\r\n\
+          3;x=y\r\nhel\r\n2\r\nlo\r\n0\r\nT: v\r\n\r\n",
+        b"HTTP/1.1 401 U\r\nWWW-Authenticate: Bearer realm=\"https://a/t\",service=\"s\"\r\n\
+          Location: ../x?y\r\nRetry-After: Sun, 06 Nov 1994 08:49:37 GMT\r\n\r\n",
+    ];
+    fuzz("response", seeds.map(<[u8]>::to_vec).into(), read_response);
+}
+
+fn read_response(input: &[u8]) -> Result<()> {
+    let Some(head) = parse_response(input, Method::Get)? else { return Ok(()) };
+    let base = Location::parse("https://h/v2/")?;
+    let text = |span: Span| span.text(input).unwrap_or_default().to_owned();
+    for challenge in parse_challenges(&text(head.challenges[0])) {
+        if let Challenge::Bearer(bearer) = challenge {
+            bearer.token_location(&bearer.realm(&base.origin)?, "scope")?;
+        }
+    }
+    parse_retry_after_ms(&text(head.retry_after), 0);
+    if head.status != 206 {
+        let joined = base.join(&text(head.location))?;
+        life_ns(&joined, 0);
+        return Ok(());
+    }
+    check_range(&head, &(5..10))?;
+    let (mut body, mut at, mut output) = (Framed::new(head.framing), head.size, [0; 3]);
+    while !body.is_done() && at < input.len() {
+        let step = body.decode(&input[at..input.len().min(at + 7)], &mut output)?;
+        assert!(step.consumed > 0 && step.produced <= step.consumed);
+        at += step.consumed;
+    }
+    body.closed()
+}
+
+#[test]
+fn registry_documents() {
+    let seeds = [
+        r#"{"auths":{"h":{"auth":"dTpw"},"docker.io":{"identitytoken":"i"}},"credsStore":"x"}"#,
+        r#"{"token":"t","expires_in":300,"issued_at":"2024-02-29T12:00:00.5+01:00"}"#,
+        r#"{"host":"h:1","repo":"a/b","auth":"dTpw","proxy":{"url":"http://u:p@p"},
+            "mirrors":[{"host":"http://m/x","headers":{"A":"b"},"ping_url":"http://m/p"}]}"#,
+        "localhost:5000/a/b:tag",
+    ];
+    fuzz("registry", seeds.map(|seed| seed.as_bytes().to_vec()).into(), |input| {
+        let text = String::from_utf8_lossy(input);
+        if let Ok(value) = serde_json::from_slice(input) {
+            drop((Backend::parse("registry", &value), parse_token(input, 0, 0)));
+        }
+        if let Ok(reference) = Reference::parse(&text) {
+            assert_eq!(Reference::parse(&reference.to_string())?, reference);
+        }
+        DockerConfig::parse(input)?.find("docker.io").map(drop)
+    });
 }
 
 /// Everything that can be read of a tree.

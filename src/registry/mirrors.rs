@@ -181,7 +181,8 @@ mod tests {
         health.failed(0, 0);
         assert_eq!(health.pick(0, 5 * SECOND), Some(0));
         health.begin(0, 5 * SECOND);
-        assert_eq!(health.pick(0, 5 * SECOND), Some(1));
+        assert_eq!(round(&health, 5 * SECOND), [1, 2]);
+        assert_eq!(round(&health, 9 * SECOND), [1, 2], "until the one knows");
         health.begin(1, 5 * SECOND);
         assert_eq!(health.pick(0, 5 * SECOND), Some(1), "a well source is for everybody");
     }
