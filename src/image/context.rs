@@ -81,8 +81,12 @@ impl ContextTable {
         &self.bytes
     }
 
-    /// Where the dictionary of a ZRAN context lies in `bytes`.
+    /// Where the dictionary of a ZRAN context lies in `bytes`. The offset of an empty one means
+    /// nothing, is not checked and may be anything.
     pub(super) fn dictionary_range(&self, context: &ZranContext) -> Range<usize> {
+        if context.dictionary_size == 0 {
+            return 0..0;
+        }
         let start = self.dictionary.start + context.dictionary_offset as usize;
         start..start + context.dictionary_size as usize
     }
@@ -338,6 +342,17 @@ mod tests {
             let mut wrong = table.clone();
             put(&mut wrong, at, field);
             assert!(ContextTable::parse(record, &wrong, &header).is_err(), "{at}");
+        }
+    }
+
+    #[test]
+    fn empty_dictionary_has_no_place() {
+        let draft = Draft { compressor: Compressor::None, ..draft() };
+        let mut image = draft.build();
+        // The offset of the first context's dictionary, whose size is 0.
+        for offset in [1 << 20, u64::from(u32::MAX), u64::MAX] {
+            put(&mut image.metas[0], 4 * 24 + 16, &offset.to_le_bytes());
+            image.address_space(0);
         }
     }
 
