@@ -418,6 +418,8 @@ pub const STOP_DEADLINE_NS: u64 = 5 * SECOND_NS;
 pub const INTAKE_PAUSE_NS: u64 = 20_000;
 /// The longest such pause.
 pub const INTAKE_PAUSE_MAX_NS: u64 = MILLISECOND_NS;
+/// How long GET stat waits for the cores.
+pub const STATISTICS_WAIT_MS: u64 = 500;
 
 // ---- control API. Memory: 256 connections x (59 KiB in + answer) and 2 x 256 queued calls.
 
