@@ -100,8 +100,9 @@ impl Client {
         source: usize,
         deadline_ns: u64,
     ) -> Result<Option<Credential>> {
-        if let Some(basic) = &way.route.registry()?.basic {
-            return Ok(Some(Credential::Basic(basic.clone())));
+        let configured = way.route.registry()?.basic.clone();
+        if let Some(basic) = self.shared.basic().or(configured) {
+            return Ok(Some(Credential::Basic(basic)));
         }
         let slot = &way.route.slots[way.route.sources[source].slot];
         let (vault, host) = (Arc::clone(&self.shared.vault), slot.credential_host.clone());

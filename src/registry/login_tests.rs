@@ -17,6 +17,7 @@ use crate::registry::client::{BlobRef, Client};
 use crate::registry::client_tests::{ID, plain, run, shared};
 use crate::registry::config::Backend;
 use crate::registry::route::Shared;
+use crate::registry::secret::Secret;
 use crate::registry::server_tests::{Play, Server, blob, json, partial, status};
 
 fn challenge(realm: &Server) -> String {
@@ -134,6 +135,19 @@ fn passwords_come_from_dockers_file_and_change_with_it() {
     run(shared, plain(&registry, json!({})), |world| async move {
         assert!(matches!(world.read(0..10).await, Err(Error::Denied(_))));
         std::fs::write(&file, right).unwrap();
+        world.read(0..10).await.unwrap();
+    });
+}
+
+#[test]
+fn a_password_given_at_run_time_replaces_the_configured_one() {
+    let registry = Server::start(|seen| match seen.header("Authorization") {
+        Some("Basic dTpwMg==") => Play::Send(partial(seen)),
+        _ => Play::Send(status(401, "WWW-Authenticate: Basic realm=\"x\"\r\n")),
+    });
+    let shared = shared();
+    shared.set_basic(Some(Secret::new("dTpwMg==")));
+    run(shared, plain(&registry, json!({"auth": "dTpw"})), |world| async move {
         world.read(0..10).await.unwrap();
     });
 }

@@ -31,6 +31,7 @@ pub struct Shared {
     /// Passwords.
     pub vault: Arc<Vault>,
     routes: Mutex<Routes>,
+    basic: Mutex<Option<Secret>>,
 }
 
 #[derive(Debug, Default)]
@@ -53,7 +54,23 @@ impl Shared {
     fn with(vault: Vault, certificates: &Path) -> Arc<Shared> {
         let tls = Arc::new(TlsConfigs::new(certificates));
         let around = Surroundings { names: Arc::new(Names::default()), tls };
-        Arc::new(Shared { around, vault: Arc::new(vault), routes: Mutex::default() })
+        Arc::new(Shared {
+            around,
+            vault: Arc::new(vault),
+            routes: Mutex::default(),
+            basic: Mutex::default(),
+        })
+    }
+
+    /// Replaces the password of every registry backend: base64 of `user:password`, checked. Counts
+    /// from the next token on; `None` goes back to what each backend says.
+    pub fn set_basic(&self, basic: Option<Secret>) {
+        *self.basic.lock().unwrap_or_else(PoisonError::into_inner) = basic;
+    }
+
+    /// The password that replaces those of the backends.
+    pub fn basic(&self) -> Option<Secret> {
+        self.basic.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// The route of a backend; the same one for equal backends.
