@@ -3,7 +3,8 @@
 //! `fetch` goes round the sources until one answers as it should, pausing between rounds, within
 //! the caller's deadline and a bounded number of tries. `attempt` is one try at one source: it
 //! follows redirects (never with our credentials to another origin), renews the token once, and
-//! remembers where blobs are kept. A refusal by the origin ends the request; a refusal by a mirror does not.
+//! remembers where blobs are kept. A refusal by the origin ends the request; one by a mirror does
+//! not.
 
 use std::ops::Range;
 use std::rc::Rc;
