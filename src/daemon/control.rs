@@ -81,17 +81,18 @@ pub struct ControlPlane {
 }
 
 impl Hooks {
-    /// Hooks that do nothing, for a daemon without cores.
+    /// Hooks of a daemon without cores: what would be a lie to answer with success is `Unsupported`.
     pub fn idle() -> Hooks {
         let nothing = || -> Act { Box::new(|| Ok(())) };
+        let without = |what: &str| Error::Unsupported(format!("this daemon cannot {what}"));
         Hooks {
             start: nothing(),
             exit: nothing(),
-            send_fd: nothing(),
-            takeover: nothing(),
+            send_fd: Box::new(move || Err(without("hand its state over"))),
+            takeover: Box::new(move || Err(without("take a state over"))),
             registered: Box::new(|_, _| ()),
             forgotten: Box::new(|_, _| ()),
-            configure: Box::new(|_, _| Ok(())),
+            configure: Box::new(move |_, _| Err(without("change credentials while it runs"))),
             more_statistics: Box::new(|| Value::Null),
         }
     }
@@ -120,9 +121,10 @@ impl ControlPlane {
                 counted("BlobcacheMetrics", metrics)
             }
             Call::Config { .. } => reply::document(&self.configuration()),
-            Call::Configure { id, changes } => {
-                answer("Configure", self.configure(id.as_deref(), &changes))
-            }
+            Call::Configure { id, changes } => match self.configure(id.as_deref(), &changes) {
+                Err(Error::Unsupported(_)) => reply::unsupported("Configure"),
+                outcome => answer("Configure", outcome),
+            },
             Call::Register { entry, body } => {
                 answer("CreateBlobObject", self.register(*entry, &body).map(|_| ()))
             }
@@ -201,7 +203,7 @@ impl ControlPlane {
                 "registry_auth" => update.registry_auth = Some(Secret::new(checked_auth(value)?)),
                 "proxy_url" => update.proxy_url = Some(value.clone()),
                 _ => {
-                    return Err(Error::Unsupported(format!(
+                    return Err(Error::Malformed(format!(
                         "{key:?} cannot be changed; registry_auth and proxy_url can"
                     )));
                 }

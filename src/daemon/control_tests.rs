@@ -209,6 +209,10 @@ fn upgrade_goes_from_init_over_takeover_to_running() {
     check(&act(&control, "/api/v1/daemon/fuse/takeover"), 500, "Other(\"no answer\")");
     assert_eq!(control.state.state(), State::Init);
     control.hooks = Hooks::idle();
+    check(&act(&control, "/api/v1/daemon/fuse/takeover"), 501, "Upgrade(DaemonAbnormal(Unsupp");
+    check(&act(&control, "/api/v1/daemon/fuse/sendfd"), 501, "Unsupported");
+    assert_eq!(control.state.state(), State::Init);
+    control.hooks.takeover = Box::new(|| Ok(()));
     check(&act(&control, "/api/v1/daemon/fuse/takeover"), 204, "");
     check(&act(&control, "/api/v1/daemon/start"), 204, "");
     assert_eq!(control.state.state(), State::Running);
@@ -263,6 +267,11 @@ fn configuration_is_passed_on_and_never_shown() {
     let auth = Some("dXNlcjpwdw==".to_owned());
     assert_eq!(*seen.lock().unwrap(), [(None, auth.clone()), (Some("cfg".into()), auth)]);
     assert_eq!(body(&get(&control, "/api/v1/config?id=/")), json!({"registry_auth": "(set)"}));
+    let mut control = control;
+    control.hooks = Hooks::idle();
+    let unsupported = put(&control, "/api/v1/config", &json!({"proxy_url": "http://p:1"}));
+    check(&unsupported, 501, "Configure(DaemonAbnormal(Unsupported))");
+    assert_eq!(body(&get(&control, "/api/v1/config")), json!({"registry_auth": "(set)"}));
 }
 
 #[test]
