@@ -81,7 +81,7 @@ pub struct ControlPlane {
 }
 
 impl Hooks {
-    /// Hooks of a daemon without cores: what would be a lie to answer with success is `Unsupported`.
+    /// Hooks of a daemon without cores. What cannot be done is `Unsupported`, not a false success.
     pub fn idle() -> Hooks {
         let nothing = || -> Act { Box::new(|| Ok(())) };
         let without = |what: &str| Error::Unsupported(format!("this daemon cannot {what}"));
