@@ -227,8 +227,8 @@ FLIP_BLOB=$(blob_of /fixtures/small/zstd-64k)
 mkdir -p /reference "$ROOT/blobs/sha256"
 busybox tar -xzf /fixtures/small/source.tar.gz -C /reference
 cp "$SMALL/$BLOB" "/fixtures/small/zstd-64k/$FLIP_BLOB" "$ROOT/blobs/sha256/"
-check "the registry starts" registryd_start "$ROOT"
-check "the daemon starts" daemon_start --deadline-ms $((DEADLINE_S * 1000))
+must "the registry starts" registryd_start "$ROOT"
+must "the daemon starts" daemon_start --deadline-ms $((DEADLINE_S * 1000))
 registry_faults
 check "a dead registry slows no other image" dead_registry_slows_nobody_else
 check "a flipped bit is one chunk, one count, one line" flipped_bit_is_one_chunk

@@ -38,7 +38,7 @@ docker_registry_start
 for kind in lz4-1m zstd-64k; do
     check "$kind: pushed" push 127.0.0.1:5000 images "$kind" "/fixtures/small/$kind"
 done
-check "the daemon starts" daemon_start
+must "the daemon starts" daemon_start
 check "the image is mounted" bring main "$FOLDER/image.boot" "$(blob_of $FOLDER)" 127.0.0.1:5000 images /mnt/main
 
 call_without_pause >/tmp/calls 2>&1 &

@@ -24,26 +24,33 @@ bad() {
 }
 
 # check NAME COMMAND...: the command's success is the check; what it printed is the reason.
+# It runs in this shell, so that what it starts and sets stays.
 check() {
-    local name=$1 output
+    local name=$1
     shift
-    if output=$("$@" 2>&1); then
+    if "$@" >/tmp/check-output 2>&1; then
         ok "$name"
     else
-        bad "$name" "$(tail -n 8 <<<"$output")"
+        bad "$name" "$(tail -n 8 /tmp/check-output)"
+        return 1
     fi
+}
+
+# must NAME COMMAND...: as check, and without it the rest makes no sense.
+must() {
+    check "$@" || finish
 }
 
 # refuse NAME COMMAND...: the command must fail, and by itself, not by a signal or a time limit of its own.
 refuse() {
-    local name=$1 output status
+    local name=$1 status
     shift
-    output=$("$@" 2>&1)
+    "$@" >/tmp/check-output 2>&1
     status=$?
     if [ "$status" -ge 1 ] && [ "$status" -lt 124 ]; then
         ok "$name"
     else
-        bad "$name" "status $status: $(tail -n 5 <<<"$output")"
+        bad "$name" "status $status: $(tail -n 5 /tmp/check-output)"
     fi
 }
 
@@ -102,9 +109,9 @@ api_status() {
 
 # counter NAME: the daemon's count.
 counter() {
-    sluice stat --json --apisock "$SOCKET" | python3 -c "
-import json, sys
-print(json.load(sys.stdin)['counters']['$1'])"
+    api GET /api/sluice/v1/stat >/tmp/stat.json && python3 -c "
+import json
+print(json.load(open('/tmp/stat.json'))['counters']['$1'])"
 }
 
 # --- images
@@ -187,6 +194,11 @@ requests_seen() {
     echo "$now"
 }
 
+# asked_nothing_since COUNT: prints the requests that came all the same.
+asked_nothing_since() {
+    [ "$(requests_seen)" = "$1" ] || { grep '"GET /v2/' /tmp/registry.log | tail -n "+$(($1 + 1))"; return 1; }
+}
+
 push() { # HOST REPO TAG IMAGE_DIR [EXTRA_BLOB]
     python3 "$PARTS/push.py" "$@"
 }
@@ -216,20 +228,33 @@ nothing_left() {
     [ -z "$left" ] || { echo "left behind: $left"; return 1; }
 }
 
+# Where each thread of the daemon that does the work is: its name, its state, what it waits for in the kernel.
+daemon_threads() {
+    local task
+    for task in "/proc/$daemon_pid/task"/*; do
+        [[ "$(cat "$task/comm")" =~ ^(api-|helper-|log) ]] || echo "$(cat "$task/comm"): $(sed -n 's/^State:.//p' "$task/status") $(cat "$task/wchan") $(cat "$task/syscall")"
+    done 2>/dev/null
+}
+
 finish() {
     local place
     check "nothing is left behind" nothing_left
-    for place in $(awk '$3 == "erofs" { print $2 }' /proc/mounts); do
-        umount -l "$place"
-    done
-    [ -z "$daemon_pid" ] || { kill -KILL "$daemon_pid"; wait "$daemon_pid"; } 2>/dev/null
-    [ -z "$registry_pid" ] || { kill -KILL "$registry_pid"; wait "$registry_pid"; } 2>/dev/null
     if [ "$failed" != 0 ]; then
+        if [ -n "$daemon_pid" ] && ! gone "$daemon_pid"; then
+            echo "--- the daemon is still there; its threads"
+            daemon_threads
+        fi
         echo "--- the end of the daemon's log"
         tail -n 40 "$DAEMON_LOG"
         echo "--- the end of the kernel's log"
         dmesg | tail -n 15
     fi
+    for place in $(awk '$3 == "erofs" { print $2 }' /proc/mounts); do
+        umount -l "$place"
+    done
+    for place in $daemon_pid $registry_pid; do
+        { kill -KILL "$place"; wait "$place"; } 2>/dev/null
+    done
     echo "$passed passed, $failed failed"
     [ "$failed" = 0 ]
     exit
