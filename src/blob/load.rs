@@ -17,15 +17,12 @@ use crate::engine::{Class, Lane};
 use crate::error::{Error, Result};
 use crate::image::blob_table::BlobRecord;
 use crate::image::bootstrap::Bootstrap;
-use crate::image::context::ContextTable;
-use crate::image::identity::ChunkIndex;
+use crate::image::context::{ContextTable, HEADER_BYTES};
+use crate::image::identity::{BlobId, ChunkIndex};
 use crate::image::layout::Layout;
 use crate::registry::client::BlobRef;
 use crate::registry::route::Route;
 use crate::store::object::CacheObject;
-
-/// Size of the uncompressed header behind a compressed context table.
-const CONTEXT_HEADER_BYTES: u64 = 4096;
 
 /// Reads an image's bootstrap again and checks that it is the one that was registered.
 /// Blocks on the disk: for helper threads.
@@ -173,19 +170,19 @@ impl Crew {
         record: &BlobRecord,
         deadline_ns: u64,
     ) -> Result<(Vec<u8>, Vec<u8>)> {
-        let size = record.ci_compressed_size;
-        if size > CONTEXT_TABLE_MAX_BYTES as u64 {
+        let range = record.context_range();
+        let size = (range.end - range.start) as usize;
+        if size > CONTEXT_TABLE_MAX_BYTES {
             return Err(Error::Unsupported(format!("a context table of {size} bytes")));
         }
         let id = context_blob(&blob.image, record)?;
-        let mut bytes = Vec::with_capacity((size + CONTEXT_HEADER_BYTES) as usize);
-        let end = record.ci_offset + size + CONTEXT_HEADER_BYTES;
+        let mut bytes = Vec::with_capacity(size);
         let mut lease = self.core.lease_for(Lane::Demand, Class::Range).await;
-        let mut at = record.ci_offset;
-        while at < end {
-            let part = at..end.min(at + RANGE_LEASE_SIZE as u64);
+        let mut at = range.start;
+        while at < range.end {
+            let part = at..range.end.min(at + RANGE_LEASE_SIZE as u64);
             let size = (part.end - part.start) as usize;
-            let (client, blob_ref) = (&self.parts.client, BlobRef { id: &id });
+            let (client, blob_ref) = (&self.parts.client, BlobRef { id: id.as_str() });
             let (core, lane) = (&self.core, Lane::Demand);
             let mut body =
                 client.open(core, &blob.route, blob_ref, part.clone(), deadline_ns, lane).await?;
@@ -199,7 +196,7 @@ impl Crew {
             bytes.extend_from_slice(&lease[..size]);
             at = part.end;
         }
-        let header = bytes.split_off(size as usize);
+        let header = bytes.split_off(size - HEADER_BYTES);
         Ok((bytes, header))
     }
 }
@@ -209,18 +206,12 @@ fn lists_all(layout: &Layout, range: &Range<u64>) -> bool {
     layout.chunks_in(range.clone()).all(|chunk| layout.chunk(ChunkIndex(chunk)).digest.is_some())
 }
 
-/// The blob that holds the context table: the data blob itself, or a separate one whose name the
-/// blob table has, or, for inlined bootstraps, that of the bootstrap file up to its first dot.
-fn context_blob(image: &Image, record: &BlobRecord) -> Result<String> {
-    if !record.is_separate() {
-        return Ok(record.id.to_string());
-    }
-    if let Some(digest) = &record.meta_digest {
-        return Ok(digest.to_string());
-    }
-    let name = image.bootstrap_path.file_name().map(|name| name.to_string_lossy());
-    let name = name.as_deref().and_then(|name| name.split('.').next());
-    name.filter(|name| !name.is_empty()).map(str::to_owned).ok_or_else(|| {
-        Error::Malformed(format!("blob {}: no name for its separate blob.meta", record.id))
+/// The blob that holds the context table. Where the bootstrap does not name it, the bootstrap is
+/// inlined in it and its file is called after it, up to the first dot.
+fn context_blob(image: &Image, record: &BlobRecord) -> Result<BlobId> {
+    record.context_blob().or_else(|error| {
+        let name = image.bootstrap_path.file_name().and_then(|name| name.to_str());
+        let name = name.and_then(|name| name.split('.').next());
+        name.and_then(|name| BlobId::parse(name).ok()).ok_or(error)
     })
 }

@@ -3,4 +3,7 @@
 #![allow(dead_code, missing_docs)]
 
 pub mod http;
+pub mod kernel;
+pub mod node;
 pub mod registry;
+pub mod truth;
