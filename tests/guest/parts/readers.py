@@ -8,6 +8,8 @@ read took longer than the limit, or one failed with something else than EIO; wit
 import argparse, errno, json, os, random, sys, threading, time
 
 PAGE = 4096
+# How the kernel says no. Once the cache has no daemon it says ENOBUFS where nothing was asked for yet.
+refusals = {errno.EIO}
 
 
 def files_of(root):
@@ -51,7 +53,7 @@ class Tally:
                 self.right += 1
             elif failure is None:
                 self.wrong.append(f'{name} at {offset}')
-            elif failure.errno == errno.EIO:
+            elif failure.errno in refusals:
                 self.refused += 1
             else:
                 self.strange.append(f'{name} at {offset}: {failure}')
@@ -86,7 +88,10 @@ def main():
     parser.add_argument('--limit-s', type=float, default=60)
     parser.add_argument('--smallest', type=int, default=1, help='leave out files of fewer bytes')
     parser.add_argument('--all-right', action='store_true')
+    parser.add_argument('--without-daemon', action='store_true', help='the daemon goes away meanwhile')
     options = parser.parse_args()
+    if options.without_daemon:
+        refusals.add(errno.ENOBUFS)
     names = files_of(options.reference)
     names = [name for name in names if os.path.getsize(os.path.join(options.reference, name)) >= options.smallest]
     tally = Tally()
