@@ -468,3 +468,14 @@ pub const DIAL_DEADLINE_NS: u64 = 10 * SECOND_NS;
 pub const NYDUSD_THREADS_MAX: u32 = 1024;
 /// nydusd's --config file: 16 MiB is a list of some ten thousand images.
 pub const BLOBS_FILE_MAX_BYTES: usize = 16 * MIB;
+
+// ---- ledger: what the kernel's cache may hold. Read and written at registrations only.
+
+/// One record: 36 bytes per chunk of a blob and 80 around them; the largest is 576 MiB.
+pub const LEDGER_RECORD_MAX_BYTES: u64 = CHUNKS_PER_BLOB_MAX as u64 * 36 + 80;
+/// A cookie that the kernel is taking leave of is waited for so long before it counts as in use.
+pub const COOKIE_LEAVE_WAIT_MS: u64 = 5_000;
+/// The pause between two looks at it.
+pub const COOKIE_LOOK_MS: u64 = 10;
+/// The kernel's lists of volumes and cookies: about 200 bytes for each of 300,000.
+pub const COOKIE_LIST_MAX_BYTES: u64 = 64 * MIB as u64;

@@ -21,6 +21,8 @@ use crate::image::digest::Digest;
 #[derive(Debug, Default)]
 pub struct Catalog {
     domains: Mutex<BTreeMap<String, Domain>>,
+    /// Held by the registration that is being admitted: none comes between admission and insert.
+    admitting: Mutex<()>,
 }
 
 /// What a cookie stands for.
@@ -88,6 +90,19 @@ impl Catalog {
     /// names are, `System` for what the disk says, `Digest` when a chunk of a shared blob has
     /// another digest in an image that is registered already.
     pub fn register(&self, spec: ImageSpec) -> Result<Arc<Image>> {
+        self.register_if(spec, |_, _| Ok(()))
+    }
+
+    /// Registers an image if `admit`, which may take its time, agrees. It is asked last, when
+    /// nothing else can go wrong, about one image at a time; the image cannot be opened before.
+    ///
+    /// # Errors
+    /// Those of `register` and of `admit`.
+    pub fn register_if(
+        &self,
+        spec: ImageSpec,
+        admit: impl Fn(&Image, &Bootstrap) -> Result<()>,
+    ) -> Result<Arc<Image>> {
         let domain_id = if spec.domain_id.is_empty() { &spec.id } else { &spec.domain_id };
         self.check_free(domain_id, &spec.id)?;
         let (image, bootstrap) = Image::load(spec)?;
@@ -96,15 +111,19 @@ impl Catalog {
         // so look again until nothing new is found.
         let mut compared: Vec<Arc<Image>> = Vec::new();
         for _ in 0..CATALOG_INSERT_TRIES_MAX {
+            let admitting = self.admitting.lock().unwrap_or_else(PoisonError::into_inner);
             let rivals = {
-                let mut domains = self.lock();
-                let rivals = rivals(&domains, &image, &compared);
-                if rivals.is_empty() {
-                    insert(&mut domains, &image)?;
-                    return Ok(image);
-                }
-                rivals
+                let domains = self.lock();
+                check_insert(&domains, &image)?;
+                rivals(&domains, &image, &compared)
             };
+            if rivals.is_empty() {
+                admit(&image, &bootstrap)?;
+                // Images may have gone meanwhile, but none has come.
+                insert(&mut self.lock(), &image);
+                return Ok(image);
+            }
+            drop(admitting);
             for (rival, pairs) in rivals {
                 compare(&image, &bootstrap, &rival, &pairs)?;
                 compared.push(rival);
@@ -305,8 +324,8 @@ fn compare(image: &Image, bootstrap: &Bootstrap, rival: &Image, pairs: &Pairs) -
     Ok(())
 }
 
-/// Puts `image` in, or leaves the tables as they are.
-fn insert(domains: &mut BTreeMap<String, Domain>, image: &Arc<Image>) -> Result<()> {
+/// Whether there is room for `image` beside what is registered.
+fn check_insert(domains: &BTreeMap<String, Domain>, image: &Image) -> Result<()> {
     if let Some(domain) = domains.get(&image.domain_id) {
         domain.check_free(&image.id)?;
         for blob in &image.blobs {
@@ -316,14 +335,20 @@ fn insert(domains: &mut BTreeMap<String, Domain>, image: &Arc<Image>) -> Result<
                     "blob {id} has the id of an image of the same domain"
                 )));
             }
-            let size = domain.blobs.get(id).map(Shared::size_bytes);
-            if size.is_some_and(|size| size != blob.uncompressed_size_bytes) {
+            let shape = domain.blobs.get(id).map(Shared::shape);
+            if shape.is_some_and(|shape| shape != blob.shape()) {
                 return Err(Error::Malformed(format!(
-                    "blob {id} has another size in an image that is registered already"
+                    "blob {id} has another size or number of chunks in an image that is \
+                     registered already"
                 )));
             }
         }
     }
+    Ok(())
+}
+
+/// Puts `image` in, which has been checked.
+fn insert(domains: &mut BTreeMap<String, Domain>, image: &Arc<Image>) {
     let domain = domains.entry(image.domain_id.clone()).or_default();
     for (index, blob) in image.blobs.iter().enumerate() {
         let holder = Holder { image: image.clone(), blob_index: index as u32 };
@@ -336,11 +361,10 @@ fn insert(domains: &mut BTreeMap<String, Domain>, image: &Arc<Image>) -> Result<
         shared.holders.push(holder);
     }
     domain.images.insert(image.id.clone(), image.clone());
-    Ok(())
 }
 
 impl Shared {
-    fn size_bytes(&self) -> u64 {
-        self.first.image.blobs[self.first.blob_index as usize].uncompressed_size_bytes
+    fn shape(&self) -> (u64, u32) {
+        self.first.image.blobs[self.first.blob_index as usize].shape()
     }
 }

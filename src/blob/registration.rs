@@ -74,6 +74,8 @@ pub struct ImageBlob {
     pub id: BlobId,
     /// The size of its address space: the size its cookie is opened with.
     pub uncompressed_size_bytes: u64,
+    /// Chunks in that space, listed by this bootstrap or not.
+    pub chunk_count: u32,
     /// A digest over all (chunk index, chunk digest) pairs this bootstrap lists for the blob.
     pub chunks: Digest,
 }
@@ -159,6 +161,13 @@ impl Image {
     }
 }
 
+impl ImageBlob {
+    /// What all images that share a blob must agree on.
+    pub(super) fn shape(&self) -> (u64, u32) {
+        (self.uncompressed_size_bytes, self.chunk_count)
+    }
+}
+
 fn digest_of(bytes: &[u8]) -> Digest {
     Digest(*blake3::hash(bytes).as_bytes())
 }
@@ -199,6 +208,7 @@ fn blobs_of(bootstrap: &Bootstrap) -> Vec<ImageBlob> {
         ImageBlob {
             id: record.id.clone(),
             uncompressed_size_bytes: record.uncompressed_size,
+            chunk_count: record.chunk_count,
             chunks: Digest(*hasher.finalize().as_bytes()),
         }
     };

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use serde_json::{Map, Value, json};
 
+use super::admission;
 use super::api::Call;
 use super::cull::Culler;
 use super::entry::Entry;
@@ -21,6 +22,7 @@ use crate::blob::journal::{Journal, Level, level_name};
 use crate::blob::registration::Image;
 use crate::error::{Error, Result};
 use crate::registry::secret::Secret;
+use crate::store::ledger::Ledger;
 
 /// Something the daemon does when a call asks for it.
 pub type Act = Box<dyn Fn() -> Result<()> + Send + Sync>;
@@ -74,6 +76,8 @@ pub struct ControlPlane {
     pub identity: Identity,
     /// Removes cache files; none without a cache directory.
     pub culler: Option<Culler>,
+    /// What the cache may hold; none without a cache directory.
+    pub ledger: Option<Ledger>,
     /// The way to the rest.
     pub hooks: Hooks,
     /// Names of what was configured; the values are secrets.
@@ -151,7 +155,11 @@ impl ControlPlane {
 
     /// Registers what an entry describes, and tells the daemon. `body` is the entry's JSON.
     pub fn register(&self, entry: Entry, body: &[u8]) -> Result<Arc<Image>> {
-        let image = self.catalog.register(entry.into_spec()?)?;
+        let image = self.catalog.register_if(entry.into_spec()?, |image, bootstrap| {
+            let ledger = self.ledger.as_ref();
+            ledger
+                .map_or(Ok(()), |ledger| admission::admit(ledger, &self.catalog, image, bootstrap))
+        })?;
         self.journal.write(Level::Info, || {
             format!(
                 "image {}/{} registered: {} blobs, bootstrap {}",

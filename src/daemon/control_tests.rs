@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 
 use super::api::{self, Method, Request};
 use super::control::{ControlPlane, Hooks};
+use super::cookies::Cookies;
 use super::cull::Culler;
 use super::reply::{Identity, Response};
 use super::state::{Event, State, StateMachine};
@@ -28,6 +29,7 @@ pub fn control(hooks: Hooks) -> ControlPlane {
         journal: Journal::new(Level::Info).0,
         identity: Identity::default(),
         culler: None,
+        ledger: None,
         hooks,
         configured: Mutex::default(),
     }
@@ -379,7 +381,7 @@ fn culling_needs_a_cache_and_names_what_stays() {
     let directory = cache.path().join("cache/Ierofs,d/@00");
     std::fs::create_dir_all(&directory).unwrap();
     let busy = Arc::new(|command: &str| Err(Error::system(libc::EBUSY, command)));
-    control.culler = Some(Culler::new(cache.path(), busy));
+    control.culler = Some(Culler::new(cache.path(), Cookies::listed_in(cache.path()), busy));
     check(&delete(&control, "/api/v2/blobs?blob_id=b"), 204, "");
     std::fs::write(directory.join("Db"), "data").unwrap();
     let in_use = "DeleteBlobFile(DaemonAbnormal(Other(\"failed to start service, ";

@@ -1,16 +1,18 @@
-//! Removes the cache files of a blob, in every volume, by asking the kernel.
+//! Removes cache files by asking the kernel: a blob's in every volume, or one cookie's in its own.
 //!
 //! The kernel's `inuse` and `cull` commands name a file relative to the caller's working directory
 //! (Documentation/filesystems/caching/cachefiles.rst). A process has one, so this is done on a
 //! thread that first stops sharing it with the others.
 
 use std::ffi::OsStr;
+use std::fs::File;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use nix::sched::{CloneFlags, unshare};
 
+use super::cookies::Cookies;
 use crate::config::{CATALOG_ID_MAX_BYTES, CULL_FILES_MAX};
 use crate::error::{Error, Result};
 
@@ -20,79 +22,141 @@ pub type Command = Arc<dyn Fn(&str) -> Result<()> + Send + Sync>;
 /// Culls below one cache directory.
 #[derive(Clone)]
 pub struct Culler {
-    cache_dir: PathBuf,
+    fscache_dir: PathBuf,
+    cookies: Cookies,
     command: Command,
 }
 
 impl Culler {
     /// `fscache_dir` is what was given to the kernel as `dir`.
-    pub fn new(fscache_dir: &Path, command: Command) -> Self {
-        Self { cache_dir: fscache_dir.join("cache"), command }
+    pub fn new(fscache_dir: &Path, cookies: Cookies, command: Command) -> Self {
+        Self { fscache_dir: fscache_dir.to_owned(), cookies, command }
+    }
+
+    /// What was given to the kernel as `dir`.
+    pub fn fscache_dir(&self) -> &Path {
+        &self.fscache_dir
     }
 
     /// Removes the blob's files, or says which one is in use or could not be removed. The others
     /// are removed all the same. That there is none is no error. Blocks on the disk.
     pub fn cull(&self, blob_id: &str) -> Result<()> {
-        let printable = blob_id.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'/');
-        if blob_id.is_empty() || blob_id.len() > CATALOG_ID_MAX_BYTES || !printable {
-            return Err(Error::Malformed(format!(
-                "Invalid argument (os error 22): {blob_id:?} is not a blob id"
-            )));
+        let name = file_name("blob", blob_id)?;
+        let volumes = directories(&self.fscache_dir.join("cache"), b"Ierofs,")?;
+        let (_, failures) = self.remove(volumes, name.clone())?;
+        match failures.first() {
+            None => Ok(()),
+            Some((path, error)) => Err(Error::Busy(format!(
+                "failed to start service, {} cache files of {name:?} stay; the first is {}: {error}",
+                failures.len(),
+                path.display()
+            ))),
+        }
+    }
+
+    /// Makes sure that the kernel holds nothing for a cookie of a domain, neither a file nor an open
+    /// object whose file has no name yet; says how many files were removed. They do not come back
+    /// with a power failure. Waits for a cookie that is being let go; blocks on the disk.
+    ///
+    /// # Errors
+    /// `Busy` when it is in use, with what to do.
+    pub fn clear(&self, domain: &str, cookie: &str) -> Result<usize> {
+        let name = file_name("cookie", cookie)?;
+        let volume = format!("Ierofs,{}", checked("domain", domain)?);
+        let in_use = |reason: &dyn std::fmt::Display| {
+            Error::Busy(format!(
+                "{domain}/{cookie} holds data of another image, or data that nobody verified, and \
+                 is in use ({reason}): an erofs with fsid or device {cookie} is mounted; unmount \
+                 it (`findmnt -t erofs`), then register again"
+            ))
+        };
+        if let Some(state) = self.cookies.settle(&volume[1..], cookie)? {
+            return Err(in_use(&format_args!("cookie state {state:?}")));
+        }
+        let volume = self.fscache_dir.join("cache").join(volume);
+        let (removed, failures) = self.remove(vec![volume], name)?;
+        match failures.into_iter().next() {
+            None => Ok(removed),
+            Some((_, error)) if error.errno() == libc::EBUSY => Err(in_use(&error)),
+            Some((path, error)) => Err(error.context(format!("cannot remove {}", path.display()))),
+        }
+    }
+
+    /// Removes the files called `name` in `volumes`: how many went, and which did not, and why.
+    fn remove(&self, volumes: Vec<PathBuf>, name: String) -> Result<(usize, Vec<Failure>)> {
+        let found = directories_with(&volumes, &name)?;
+        if found.is_empty() {
+            return Ok((0, Vec::new()));
         }
         let this = self.clone();
-        let name = format!("D{blob_id}");
         let thread = std::thread::Builder::new().name("cull".into());
-        let thread = thread.spawn(move || this.cull_here(&name));
+        let thread = thread.spawn(move || this.remove_here(&found, &name));
         let thread = thread.map_err(|error| Error::io(&error, "cannot start a thread to cull"))?;
         thread.join().unwrap_or_else(|_| Err(Error::Unsupported("culling failed".into())))
     }
 
     /// On a thread of its own.
-    fn cull_here(&self, name: &str) -> Result<()> {
+    fn remove_here(&self, found: &[PathBuf], name: &str) -> Result<(usize, Vec<Failure>)> {
         unshare(CloneFlags::CLONE_FS)
             .map_err(|errno| Error::system(errno as i32, "cannot have a working directory"))?;
         let mut failures = Vec::new();
-        for directory in self.directories_with(name)? {
-            if let Err(error) = self.cull_one(&directory, name) {
-                failures.push(format!("{}: {error}", directory.join(name).display()));
+        for directory in found {
+            if let Err(error) = self.cull_one(directory, name) {
+                failures.push((directory.join(name), error));
             }
         }
-        match failures.len() {
-            0 => Ok(()),
-            count => Err(Error::Busy(format!(
-                "failed to start service, {count} cache files of {name:?} stay; the first is {}",
-                failures[0]
-            ))),
-        }
+        Ok((found.len() - failures.len(), failures))
     }
 
     fn cull_one(&self, directory: &Path, name: &str) -> Result<()> {
         std::env::set_current_dir(directory)
             .map_err(|error| Error::io(&error, "cannot enter the directory"))?;
         (self.command)(&format!("inuse {name}"))?;
-        (self.command)(&format!("cull {name}"))
+        (self.command)(&format!("cull {name}"))?;
+        // The kernel's own removal is not durable, and what is known of the file is forgotten now.
+        File::open(directory)
+            .and_then(|directory| directory.sync_all())
+            .map_err(|error| Error::io(&error, "cannot sync the directory"))
     }
+}
 
-    /// `cache/Ierofs,*/@*/` directories that hold a file of this name.
-    fn directories_with(&self, name: &str) -> Result<Vec<PathBuf>> {
-        let mut found = Vec::new();
-        for volume in directories(&self.cache_dir, b"Ierofs,")? {
-            for fan in directories(&volume, b"@")? {
-                if fan.join(name).symlink_metadata().is_ok() {
-                    found.push(fan);
-                }
-                if found.len() >= CULL_FILES_MAX {
-                    return Ok(found);
-                }
+/// A file that stays, and why.
+type Failure = (PathBuf, Error);
+
+fn file_name(what: &str, id: &str) -> Result<String> {
+    Ok(format!("D{}", checked(what, id)?))
+}
+
+/// A word of a command to the kernel.
+fn checked<'a>(what: &str, id: &'a str) -> Result<&'a str> {
+    let printable = id.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'/');
+    if id.is_empty() || id.len() > CATALOG_ID_MAX_BYTES || !printable {
+        return Err(Error::Malformed(format!(
+            "Invalid argument (os error 22): {id:?} is not a {what} id"
+        )));
+    }
+    Ok(id)
+}
+
+/// `@*/` directories of `volumes` that hold a file of this name.
+fn directories_with(volumes: &[PathBuf], name: &str) -> Result<Vec<PathBuf>> {
+    let mut found = Vec::new();
+    for volume in volumes {
+        for fan in directories(volume, b"@")? {
+            if fan.join(name).symlink_metadata().is_ok() {
+                found.push(fan);
+            }
+            if found.len() >= CULL_FILES_MAX {
+                return Ok(found);
             }
         }
-        Ok(found)
     }
+    Ok(found)
 }
 
 impl std::fmt::Debug for Culler {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Culler below {}", self.cache_dir.display())
+        write!(f, "Culler below {}", self.fscache_dir.display())
     }
 }
 
@@ -129,13 +193,27 @@ mod tests {
                 std::fs::create_dir_all(path.parent().unwrap()).unwrap();
                 std::fs::write(path, "data").unwrap();
             }
-            Kernel { directory, commands: Arc::default() }
+            let kernel = Kernel { directory, commands: Arc::default() };
+            kernel.open(&[]);
+            kernel
+        }
+
+        /// What is open, as volume, cookie in hexadecimal digits, and state.
+        fn open(&self, cookies: &[(&str, &str, char)]) {
+            let (mut volumes, mut list) = ("HEAD\n".to_owned(), "HEAD\n".to_owned());
+            for (index, (volume, cookie, state)) in cookies.iter().enumerate() {
+                volumes += &format!("{index:08x} 2 1 1 00 a cache  {volume}\n");
+                list += &format!("{index:08x} {index:08x} 1 1 0 {state} 4008 {cookie}, \n");
+            }
+            std::fs::write(self.directory.path().join("volumes"), volumes).unwrap();
+            std::fs::write(self.directory.path().join("cookies"), list).unwrap();
         }
 
         fn culler(&self) -> Culler {
             let commands = self.commands.clone();
             Culler::new(
                 self.directory.path(),
+                Cookies::listed_in(self.directory.path()),
                 Arc::new(move |command: &str| {
                     let here = std::env::current_dir().unwrap();
                     commands.lock().unwrap().push((command.to_owned(), here.clone()));
@@ -196,5 +274,27 @@ mod tests {
             assert!(kernel.culler().cull(id).is_err(), "{id:?}");
         }
         assert!(kernel.commands.lock().unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_cookie_is_cleared_in_its_own_volume_only() {
+        let kernel = Kernel::new(&["Ierofs,a/@3f/Dblob", "Ierofs,b/@00/Dblob"]);
+        assert_eq!(kernel.culler().clear("a", "blob"), Ok(1));
+        assert_eq!(kernel.culler().clear("a", "blob"), Ok(0));
+        assert!(!kernel.has("Ierofs,a/@3f/Dblob"));
+        assert!(kernel.has("Ierofs,b/@00/Dblob"));
+    }
+
+    #[test]
+    fn a_cookie_in_use_is_not_cleared_even_when_its_file_has_no_name_yet() {
+        let kernel = Kernel::new(&["Ierofs,busy/@01/Dblob"]);
+        let error = kernel.culler().clear("busy", "blob").unwrap_err();
+        assert!(matches!(&error, Error::Busy(text) if text.contains("unmount it")), "{error}");
+        kernel.open(&[("erofs,new", "626c6f62", 'A')]);
+        let error = kernel.culler().clear("new", "blob").unwrap_err();
+        assert!(matches!(&error, Error::Busy(text) if text.contains("new/blob")), "{error}");
+        assert_eq!(kernel.culler().clear("other", "blob"), Ok(0));
+        assert_eq!(kernel.culler().clear("new", "blo"), Ok(0));
+        assert!(kernel.culler().clear("new", "../x").is_err());
     }
 }

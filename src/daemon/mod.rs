@@ -1,8 +1,10 @@
 //! Wiring: the control API and the state it speaks about.
 
+mod admission;
 pub mod api;
 pub mod connection;
 pub mod control;
+pub mod cookies;
 pub mod crew;
 pub mod cull;
 pub mod entry;

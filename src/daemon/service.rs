@@ -12,6 +12,7 @@ use nix::sys::signal::{SigSet, Signal, kill};
 use nix::unistd::Pid;
 
 use super::control::{ControlPlane, Hooks};
+use super::cookies::Cookies;
 use super::cull::Culler;
 use super::entry::Entry;
 use super::log;
@@ -28,6 +29,7 @@ use crate::blob::statistics::Counters;
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::registry::route::Shared;
+use crate::store::ledger::Ledger;
 use crate::upcall::device::Device;
 
 /// Runs a daemon until SIGTERM, SIGINT or the API ends it.
@@ -71,8 +73,13 @@ fn serve(config: &Config, journal: &Arc<Journal>, signals: &SigSet) -> Result<()
         routes: Shared::new(),
         fault_deadline_ms: config.fault_deadline_ms,
     };
+    let culler = config.fscache_dir.as_deref().zip(device).map(|(directory, device)| {
+        let command = Arc::new(move |command: &str| device.command(command));
+        Culler::new(directory, Cookies::of_kernel(), command)
+    });
+    let ledger = culler.as_ref().map(|culler| open_ledger(config, culler, journal)).transpose()?;
     let workers = Workers::start(&parts)?;
-    let control = Arc::new(control_plane(config, &parts, &workers, device));
+    let control = Arc::new(control_plane(config, &parts, &workers, culler, ledger));
     let served = begin(config, &control, socket);
     drop(parts);
     if let Ok(server) = served {
@@ -112,11 +119,9 @@ fn control_plane(
     config: &Config,
     parts: &WorkerParts,
     workers: &Workers,
-    device: Option<Arc<Device>>,
+    culler: Option<Culler>,
+    ledger: Option<Ledger>,
 ) -> ControlPlane {
-    let culler = config.fscache_dir.as_deref().zip(device).map(|(directory, device)| {
-        Culler::new(directory, Arc::new(move |command: &str| device.command(command)))
-    });
     let (mailboxes, routes) = (workers.mailboxes(), Arc::clone(&parts.routes));
     let journal = Arc::clone(&parts.journal);
     let hooks = Hooks {
@@ -148,9 +153,30 @@ fn control_plane(
         journal: Arc::clone(&parts.journal),
         identity: Identity { id: config.id.clone(), supervisor },
         culler,
+        ledger,
         hooks,
         configured: Mutex::default(),
     }
+}
+
+/// The ledger of the cache that `culler` culls.
+fn open_ledger(config: &Config, culler: &Culler, journal: &Arc<Journal>) -> Result<Ledger> {
+    let state_dir = &config.state_dir;
+    std::fs::create_dir_all(state_dir)
+        .map_err(|error| Error::io(&error, format!("state directory {}", state_dir.display())))?;
+    let (clearer, journal) = (culler.clone(), Arc::clone(journal));
+    let clear = move |domain: &str, cookie: &str| {
+        if clearer.clear(domain, cookie)? > 0 {
+            journal.write(Level::Info, || {
+                format!(
+                    "cache of {domain}/{cookie} removed: it may hold bytes of another image, or \
+                     bytes that nobody verified"
+                )
+            });
+        }
+        Ok(())
+    };
+    Ledger::open(state_dir, culler.fscache_dir(), Box::new(clear))
 }
 
 /// Registers the entries of nydusd's `--config` file: `{"blobs": [entry, ...]}`.
