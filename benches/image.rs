@@ -28,8 +28,8 @@ fn large_bootstrap() -> Vec<u8> {
         for word in [0, 1, STORED_BYTES as u32, CHUNK_BYTES as u32] {
             bytes.extend(word.to_le_bytes());
         }
-        [stored, start, 0].map(|long| bytes.extend(long.to_le_bytes()));
-        [index, 0].map(|word| bytes.extend(word.to_le_bytes()));
+        let _ = [stored, start, 0].map(|long| bytes.extend(long.to_le_bytes()));
+        let _ = [index, 0].map(|word| bytes.extend(word.to_le_bytes()));
     }
     bytes.resize(bytes.len().next_multiple_of(4096), 0);
     let mut put = |at: usize, field: &[u8]| bytes[at..at + field.len()].copy_from_slice(field);

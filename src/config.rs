@@ -364,7 +364,8 @@ pub const DEMAND_FETCHERS: usize = 48;
 pub const AHEAD_FETCHERS: usize = 6;
 /// Demand fetchers one route may hold, so that dead registries leave room for healthy ones.
 pub const FETCHERS_PER_ROUTE: usize = 8;
-/// Fetches whose body is arriving: each holds a range lease for what arrives and one for the result.
+/// Fetches whose body is arriving: each holds a range lease for what arrives and one for the
+/// result.
 pub const LANDINGS: usize = 20;
 /// Landings that need a large lease on either side.
 pub const LARGE_LANDINGS: usize = 2;

@@ -1,7 +1,7 @@
 //! One core's crew: what its tasks share, and the messages cores send each other.
 //!
-//! Fixed at start: fetchers, a mail task, a prefetch task. A crew belongs to its core and is passed as
-//! `&Rc<Crew>`; other cores reach it only through its mailbox.
+//! Fixed at start: fetchers, a mail task, a prefetch task. A crew belongs to its core and is
+//! passed as `&Rc<Crew>`; other cores reach it only through its mailbox.
 
 use std::cell::RefCell;
 use std::rc::Rc;

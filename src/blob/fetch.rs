@@ -1,9 +1,9 @@
 //! The story of one flight: GET, decode, verify, fill, publish, and what happens when a step fails.
 //!
-//! The first unit of a flight is filled and published alone, because somebody may wait for just that;
-//! what has arrived by then goes in long writes. Bytes that fail their digest are asked for again, a
-//! unit at a time; other units of the flight are not held up. Whatever happens, a flight settles
-//! every chunk it claimed and wakes everybody.
+//! The first unit of a flight is filled and published alone, because somebody may wait for just
+//! that; what has arrived by then goes in long writes. Bytes that fail their digest are asked for
+//! again, a unit at a time; other units of the flight are not held up. Whatever happens, a flight
+//! settles every chunk it claimed and wakes everybody.
 
 use std::rc::Rc;
 use std::sync::Arc;

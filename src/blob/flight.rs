@@ -1,8 +1,8 @@
 //! Flights: fetches in progress on one core, and who waits for them.
 //!
-//! The table has a fixed number of places that are used again and again; nothing is allocated when a
-//! flight begins. A place is found by the chunk somebody waits for. Being woken is a hint: the waiter
-//! looks at the map.
+//! The table has a fixed number of places that are used again and again; nothing is allocated when
+//! a flight begins. A place is found by the chunk somebody waits for. Being woken is a hint: the
+//! waiter looks at the map.
 
 use std::cell::{Cell, RefCell};
 use std::sync::Arc;

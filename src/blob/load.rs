@@ -1,8 +1,9 @@
 //! Loading a blob's layout: from the bootstrap at OPEN, and, for blobs whose bootstrap does not say
 //! where chunks are stored, from the context table at the first read.
 //!
-//! A failed load is not remembered: the next read tries again. Other images may register the same blob
-//! later and use more of its chunks; a read of a chunk the layout does not list loads it again.
+//! A failed load is not remembered: the next read tries again. Other images may register the same
+//! blob later and use more of its chunks; a read of a chunk the layout does not list loads it
+//! again.
 
 use std::ops::Range;
 use std::rc::Rc;

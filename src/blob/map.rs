@@ -1,9 +1,9 @@
 //! Presence and claims: what is in the cache, and who fetches what is not.
 //!
 //! One atomic byte per chunk: 0 absent, 1..=254 claimed by core n-1, 255 present. This is the only
-//! memory of the fault path that more than one core writes. Whoever turns 0 into its own number owns
-//! the chunk until it publishes or releases it; nobody else changes a claimed byte. So there is one
-//! fetch per chunk, however many readers and cores want it.
+//! memory of the fault path that more than one core writes. Whoever turns 0 into its own number
+//! owns the chunk until it publishes or releases it; nobody else changes a claimed byte. So there
+//! is one fetch per chunk, however many readers and cores want it.
 
 use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
 

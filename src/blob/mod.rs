@@ -1,8 +1,8 @@
-//! Policy: what is known about images and blobs, which bytes are here, who fetches the rest, in which
-//! order.
+//! Policy: what is known about images and blobs, which bytes are here, who fetches the rest, in
+//! which order.
 //!
-//! A fault is the function in `serve.rs`, a fetch the one in `fetch.rs`; `map.rs` is the only memory
-//! of the fault path that several cores write.
+//! A fault is the function in `serve.rs`, a fetch the one in `fetch.rs`; `map.rs` is the only
+//! memory of the fault path that several cores write.
 
 pub mod catalog;
 pub mod crew;

@@ -66,8 +66,8 @@ impl OpenBlob {
         format!("image {}/{}, blob {}", self.image.domain_id, self.image.id, self.id())
     }
 
-    /// The layout, once loaded. The lock is written a few times in the blob's life: a read costs one
-    /// uncontended atomic.
+    /// The layout, once loaded. The lock is written a few times in the blob's life: a read costs
+    /// one uncontended atomic.
     pub fn layout(&self) -> Option<Arc<Layout>> {
         self.layout.read().unwrap_or_else(PoisonError::into_inner).clone()
     }

@@ -1,7 +1,8 @@
 //! Which units go into one GET. Pure.
 //!
-//! A run is a row of consecutive units, fetched with one request: it grows while the next unit follows
-//! closely in the blob file and the request stays worthwhile, and never beyond what its buffers hold.
+//! A run is a row of consecutive units, fetched with one request: it grows while the next unit
+//! follows closely in the blob file and the request stays worthwhile, and never beyond what its
+//! buffers hold.
 
 use std::ops::Range;
 

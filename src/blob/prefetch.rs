@@ -1,8 +1,8 @@
 //! Prefetch: whole blobs in the background, for images that ask for it.
 //!
 //! One task per core walks one blob at a time in address order, keeps a few runs in the read-ahead
-//! queue and no more, pauses while readers wait on this core, and keeps to the image's bandwidth. It
-//! goes through the same claims as everybody, so nothing is fetched twice.
+//! queue and no more, pauses while readers wait on this core, and keeps to the image's bandwidth.
+//! It goes through the same claims as everybody, so nothing is fetched twice.
 
 use std::rc::Rc;
 use std::sync::Arc;

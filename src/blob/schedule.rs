@@ -1,9 +1,10 @@
-//! Read-ahead: who reads a blob in order, and how far ahead of them to fetch. Pure but for its memory.
+//! Read-ahead: who reads a blob in order, and how far ahead of them to fetch. Pure but for its
+//! memory.
 //!
-//! The kernel asks only for what is not there, so a stream shows as faults that begin where the last
-//! fetch of that stream ended. Each such step doubles the stream's window; a fault that continues no
-//! stream starts one and fetches nothing ahead: random readers pay nothing.
-//! The streams of a blob are a few atomic words, shared by all cores. Two cores that update one word
+//! The kernel asks only for what is not there, so a stream shows as faults that begin where the
+//! last fetch of that stream ended. Each such step doubles the stream's window; a fault that
+//! continues no stream starts one and fetches nothing ahead: random readers pay nothing. The
+//! streams of a blob are a few atomic words, shared by all cores. Two cores that update one word
 //! at once lose a step, nothing else.
 
 use std::ops::Range;
@@ -52,7 +53,7 @@ fn pages_of(word: u64) -> u64 {
 }
 
 fn pack(expected: u64, window_bytes: u64) -> u64 {
-    expected.div_ceil(PAGE_BYTES) << WINDOW_BITS | window_bytes / PAGE_BYTES
+    (expected.div_ceil(PAGE_BYTES) << WINDOW_BITS) | (window_bytes / PAGE_BYTES)
 }
 
 #[cfg(test)]

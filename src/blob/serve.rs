@@ -1,7 +1,7 @@
 //! The story of one fault: which chunks it needs, who fetches them, and when it may be answered.
 //!
-//! Nobody is answered before every chunk of the fault is published, and publishing comes after digest
-//! and fill. A fault waits for its own chunks only.
+//! Nobody is answered before every chunk of the fault is published, and publishing comes after
+//! digest and fill. A fault waits for its own chunks only.
 
 use std::ops::Range;
 use std::rc::Rc;

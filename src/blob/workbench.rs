@@ -1,7 +1,9 @@
-//! Decoding and verifying a batch of units: the pure CPU part of a fetch, on a core or a helper thread.
+//! Decoding and verifying a batch of units: the pure CPU part of a fetch, on a core or a helper
+//! thread.
 //!
-//! Output is laid out as in the address space, so that neighbouring chunks are filled with one write.
-//! A segment is a row of whole chunks whose digests all matched; nothing else may be filled.
+//! Output is laid out as in the address space, so that neighbouring chunks are filled with one
+//! write. A segment is a row of whole chunks whose digests all matched; nothing else may be
+//! filled.
 
 use std::ops::Range;
 

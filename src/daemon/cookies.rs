@@ -1,8 +1,9 @@
 //! Which cookies the kernel has open, from /proc/fs/fscache.
 //!
-//! The cache's directory does not tell: the file of a cookie that is new has no name until the cookie
-//! is let go (fs/cachefiles/namei.c, cachefiles_create_tmpfile). A cookie is in the kernel's list from
-//! before its OPEN until after its file got its name (fs/netfs/fscache_cookie.c). Reads only.
+//! The cache's directory does not tell: the file of a cookie that is new has no name until the
+//! cookie is let go (fs/cachefiles/namei.c, cachefiles_create_tmpfile). A cookie is in the
+//! kernel's list from before its OPEN until after its file got its name
+//! (fs/netfs/fscache_cookie.c). Reads only.
 
 use std::fs::File;
 use std::io::Read;

@@ -47,16 +47,16 @@ impl Culler {
         match failures.first() {
             None => Ok(()),
             Some((path, error)) => Err(Error::Busy(format!(
-                "failed to start service, {} cache files of {name:?} stay; the first is {}: {error}",
+                "failed to start service, {} cache files of {name:?} stay; first {}: {error}",
                 failures.len(),
                 path.display()
             ))),
         }
     }
 
-    /// Makes sure that the kernel holds nothing for a cookie of a domain, neither a file nor an open
-    /// object whose file has no name yet; says how many files were removed. They do not come back
-    /// with a power failure. Waits for a cookie that is being let go; blocks on the disk.
+    /// Makes sure that the kernel holds nothing for a cookie of a domain, neither a file nor an
+    /// open object whose file has no name yet; says how many files were removed. They do not come
+    /// back with a power failure. Waits for a cookie that is being let go; blocks on the disk.
     ///
     /// # Errors
     /// `Busy` when it is in use, with what to do.

@@ -1,10 +1,9 @@
 //! The daemon from start to stop: device, workers, control API, signals.
 //!
-//! Order of start: log, limits, device, workers, API; nobody is told that it runs before it can serve.
-//! Order of stop: API, workers, device: what the kernel still waits for is failed when the last file
-//! of the cache is closed, so no reader hangs.
+//! Order of start: log, limits, device, workers, API; nobody is told that it runs before it can
+//! serve. Order of stop: API, workers, device: what the kernel still waits for is failed when the
+//! last file of the cache is closed, so no reader hangs.
 
-use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -14,8 +13,8 @@ use nix::unistd::Pid;
 use super::control::{ControlPlane, Hooks};
 use super::cookies::Cookies;
 use super::cull::Culler;
-use super::entry::Entry;
 use super::log;
+use super::options::read_blobs_file;
 use super::reply::Identity;
 use super::server::Server;
 use super::socket::ControlSocket;
@@ -110,7 +109,9 @@ fn begin(
         })?;
     }
     if let Some(file) = &config.blobs_file {
-        register_file(file, control)?;
+        for (entry, body) in read_blobs_file(file)? {
+            control.register(entry, &body).map_err(|error| error.context(file.display()))?;
+        }
     }
     socket.map(|socket| Server::start(socket, Arc::clone(control))).transpose()
 }
@@ -123,7 +124,7 @@ fn control_plane(
     ledger: Option<Ledger>,
 ) -> ControlPlane {
     let (mailboxes, routes) = (workers.mailboxes(), Arc::clone(&parts.routes));
-    let journal = Arc::clone(&parts.journal);
+    let (journal, credentials) = (Arc::clone(&parts.journal), Arc::clone(&parts.routes));
     let hooks = Hooks {
         exit: Box::new(|| {
             kill(Pid::this(), Signal::SIGTERM)
@@ -142,6 +143,15 @@ fn control_plane(
                 let name = format!("{}/{}", image.domain_id, image.id);
                 journal.error(format!("image {name}: no way to its backend: {error}"));
             }
+        }),
+        configure: Box::new(move |_, update| {
+            if update.proxy_url.is_some() {
+                let text = "proxy_url cannot be changed while the daemon runs: register the image \
+                            again with another proxy";
+                return Err(Error::Unsupported(text.into()));
+            }
+            credentials.set_basic(update.registry_auth.clone());
+            Ok(())
         }),
         ..Hooks::idle()
     };
@@ -177,23 +187,6 @@ fn open_ledger(config: &Config, culler: &Culler, journal: &Arc<Journal>) -> Resu
         Ok(())
     };
     Ledger::open(state_dir, culler.fscache_dir(), Box::new(clear))
-}
-
-/// Registers the entries of nydusd's `--config` file: `{"blobs": [entry, ...]}`.
-fn register_file(file: &Path, control: &ControlPlane) -> Result<()> {
-    let failed = |error: Error| error.context(file.display());
-    let text = std::fs::read(file)
-        .map_err(|error| Error::io(&error, format!("configuration file {}", file.display())))?;
-    let list: serde_json::Value = serde_json::from_slice(&text)
-        .map_err(|error| failed(Error::Malformed(format!("not JSON: {error}"))))?;
-    let entries = list.get("blobs").and_then(|blobs| blobs.as_array());
-    for entry in entries.into_iter().flatten() {
-        let body = entry.to_string();
-        let parsed = Entry::parse(body.as_bytes())
-            .map_err(|refusal| failed(Error::Malformed(format!("{refusal:?}"))))?;
-        control.register(parsed, body.as_bytes()).map_err(failed)?;
-    }
-    Ok(())
 }
 
 /// Asks for more open files: each open blob is one.

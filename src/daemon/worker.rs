@@ -1,8 +1,8 @@
 //! The workers: a thread per core, pinned, each with its ring, its crew and its side of the door.
 //!
-//! All rings are made before any worker serves; if one cannot be, none does. A worker that panics has
-//! broken an invariant: the process aborts, the kernel answers its readers with EIO, and a successor
-//! starts from what is on disk.
+//! All rings are made before any worker serves; if one cannot be, none does. A worker that panics
+//! has broken an invariant: the process aborts, the kernel answers its readers with EIO, and a
+//! successor starts from what is on disk.
 
 use std::cell::Cell;
 use std::rc::Rc;
@@ -100,7 +100,8 @@ impl Workers {
             workers.threads.push(thread);
         }
         drop(started);
-        // The threads keep their senders, so the channel never closes: one answer each is all there is.
+        // The threads keep their senders, so the channel never closes: one answer each is all
+        // there is.
         let answers = outcomes.iter().take(workers.threads.len());
         let first_error = answers.filter_map(Result::err).next();
         match first_error {

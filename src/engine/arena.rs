@@ -1,10 +1,10 @@
 //! Buffers: a per-core arena of three size classes, and the move-only handle to one buffer.
 //!
-//! A [`Lease`] owns its buffer until it is dropped; submitting an operation moves the lease into the
-//! operation's slot, so the kernel never writes to memory that somebody else holds. Each lease keeps
-//! the arena alive: a bug can leak a buffer, it can not free memory the kernel still writes to.
-//! Free buffers are bits of one atomic word per class, so a lease may be dropped on any thread.
-//! The arena is mapped without reserve; pages are touched when a buffer is first used.
+//! A [`Lease`] owns its buffer until it is dropped; submitting an operation moves the lease into
+//! the operation's slot, so the kernel never writes to memory that somebody else holds. Each lease
+//! keeps the arena alive: a bug can leak a buffer, it can not free memory the kernel still writes
+//! to. Free buffers are bits of one atomic word per class, so a lease may be dropped on any
+//! thread. The arena is mapped without reserve; pages are touched when a buffer is first used.
 #![allow(unsafe_code)]
 
 use std::ops::{Deref, DerefMut};
@@ -108,7 +108,8 @@ impl Arena {
         let mut free = word.load(Ordering::Relaxed);
         while free != 0 {
             let bit = free & free.wrapping_neg();
-            // Acquire pairs with the Release in Lease::drop: the former holder is done with the bytes.
+            // Acquire pairs with the Release in Lease::drop: the former holder is done with the
+            // bytes.
             match word.compare_exchange_weak(
                 free,
                 free & !bit,

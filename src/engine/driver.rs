@@ -1,8 +1,8 @@
 //! What a core asks of the world below it, as data, and the enum of the two worlds that answer.
 //!
-//! A [`Request`] is an operation that completes later; it owns the buffer it works on. A [`Call`] is
-//! answered at once. Neither holds a pointer that outlives its submission: the ring resolves leases to
-//! addresses, the simulated driver to bytes.
+//! A [`Request`] is an operation that completes later; it owns the buffer it works on. A [`Call`]
+//! is answered at once. Neither holds a pointer that outlives its submission: the ring resolves
+//! leases to addresses, the simulated driver to bytes.
 
 use std::net::SocketAddr;
 use std::ops::Range;
@@ -88,7 +88,8 @@ pub enum Request {
         /// The peer.
         address: SocketAddr,
     },
-    /// Wait until the file is ready for `events` (poll(2) bits, with epoll's exclusive bit allowed).
+    /// Wait until the file is ready for `events` (poll(2) bits, with epoll's exclusive bit
+    /// allowed).
     Poll {
         /// The file.
         fd: Fd,

@@ -1,9 +1,9 @@
 //! Mailboxes between cores, and from ordinary threads to a core: bounded, typed, without locks.
 //!
-//! The sleep protocol: a core that is about to sleep stores `sleeping`, then looks for mail once more;
-//! a sender pushes, then loads `sleeping` and writes to the eventfd when it is set. Both sides put a
-//! sequentially consistent fence between their store and their load, so at least one of them sees the
-//! other. A message to a core that is awake costs one store.
+//! The sleep protocol: a core that is about to sleep stores `sleeping`, then looks for mail once
+//! more; a sender pushes, then loads `sleeping` and writes to the eventfd when it is set. Both
+//! sides put a sequentially consistent fence between their store and their load, so at least one
+//! of them sees the other. A message to a core that is awake costs one store.
 
 use std::future::Future;
 use std::os::fd::{AsRawFd, RawFd};

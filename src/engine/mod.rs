@@ -1,9 +1,10 @@
 //! Mechanism: one core is one thread, one ring, one loop, and the tasks that run on it.
 //!
-//! The core is a value that is passed, never found; eight of them fit in one test. It knows nothing of
-//! blobs, registries or kernels' upcalls. A task may await only the leaves of this room (operations,
-//! waits, mail, leases, offloaded work): each registers the task that polls it, so no waker exists.
-//! Buffers are leases in a per-core arena that outlives the ring (`arena.rs`, `op.rs`).
+//! The core is a value that is passed, never found; eight of them fit in one test. It knows
+//! nothing of blobs, registries or kernels' upcalls. A task may await only the leaves of this room
+//! (operations, waits, mail, leases, offloaded work): each registers the task that polls it, so no
+//! waker exists. Buffers are leases in a per-core arena that outlives the ring (`arena.rs`,
+//! `op.rs`).
 
 pub mod arena;
 pub mod driver;

@@ -1,8 +1,8 @@
 //! Helper threads for work that blocks or takes long: names, bootstraps, large chunks.
 //!
-//! A job is a closure that owns what it works on; its result comes back to the task that waits, and
-//! the core is woken through its bell. In the simulated world jobs run at once, in place. A job whose
-//! waiter has gone runs to its end and its result is dropped.
+//! A job is a closure that owns what it works on; its result comes back to the task that waits,
+//! and the core is woken through its bell. In the simulated world jobs run at once, in place. A
+//! job whose waiter has gone runs to its end and its result is dropped.
 
 use std::future::Future;
 use std::pin::Pin;

@@ -1,10 +1,10 @@
 //! Operation slots: where an operation lives from submission to its terminal completion.
 //!
 //! Keyspace: a slot belongs to one use at a time; its token is generation << 32 | index, and a
-//! completion with another generation is an assertion, never a guess.
-//! Cancellation: dropping an operation's future orphans the slot and asks for cancellation. The
-//! request, and with it the lease, stays in the slot until the terminal completion; only then may the
-//! buffer be used again. A deadline does the same, but the task goes on waiting for the completion.
+//! completion with another generation is an assertion, never a guess. Cancellation: dropping an
+//! operation's future orphans the slot and asks for cancellation. The request, and with it the
+//! lease, stays in the slot until the terminal completion; only then may the buffer be used again.
+//! A deadline does the same, but the task goes on waiting for the completion.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -76,7 +76,7 @@ impl Slots {
                 self.free.push(completion.token.index());
                 None
             }
-            State::Free | State::Done(..) => panic!("an operation completed twice"),
+            State::Free | State::Done(..) => unreachable!("an operation completed twice"),
         }
     }
 
@@ -122,7 +122,7 @@ impl Slots {
                 self.free.push(token.index());
                 false
             }
-            State::Free | State::Orphan(_) => panic!("an operation was dropped twice"),
+            State::Free | State::Orphan(_) => unreachable!("an operation was dropped twice"),
         }
     }
 
@@ -188,7 +188,7 @@ impl<T> Future for Op<T> {
         let token = match std::mem::replace(&mut this.stage, Stage::Over) {
             Stage::New(request) => this.core.submit(request, this.deadline_ns),
             Stage::Flying(token) => token,
-            Stage::Over => panic!("an operation is awaited once"),
+            Stage::Over => unreachable!("an operation is awaited once"),
         };
         let task = this.core.current_task();
         let finished = this.core.slots().take(token, task);

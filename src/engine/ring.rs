@@ -1,9 +1,9 @@
 //! The driver over the kernel: one io_uring, owned by one thread, and the system calls that are
 //! answered at once.
 //!
-//! Callers keep true: a request handed to [`RingDriver::submit`] stays in place, with its lease, until
-//! its completion has been reaped (the slot table does that). The ring never grows its memory after
-//! start and never runs code of the caller.
+//! Callers keep true: a request handed to [`RingDriver::submit`] stays in place, with its lease,
+//! until its completion has been reaped (the slot table does that). The ring never grows its
+//! memory after start and never runs code of the caller.
 #![allow(unsafe_code)]
 
 use std::net::SocketAddr;
@@ -153,8 +153,8 @@ impl RingDriver {
 
     fn push(&mut self, entry: squeue::Entry) {
         loop {
-            // SAFETY: the buffers and addresses an entry points to live in the slot of its token, or
-            // in this struct, until the completion of that token has been reaped; an Op that is
+            // SAFETY: the buffers and addresses an entry points to live in the slot of its token,
+            // or in this struct, until the completion of that token has been reaped; an Op that is
             // dropped leaves its request in the slot (op.rs).
             if unsafe { self.ring.submission().push(&entry) }.is_ok() {
                 return;
@@ -178,7 +178,7 @@ impl RingDriver {
             // Interrupted, timed out, or the kernel is short of memory for a moment: the loop comes
             // back, completions are reaped meanwhile.
             Some(libc::EINTR | libc::ETIME | libc::EBUSY | libc::EAGAIN) => {}
-            _ => panic!("io_uring_enter failed and cannot be retried: {error}"),
+            _ => unreachable!("io_uring_enter failed and cannot be retried: {error}"),
         }
     }
 }
@@ -194,8 +194,8 @@ impl Drop for RingDriver {
 
 /// Does what is answered at once.
 pub fn system_call(call: Call<'_>) -> std::result::Result<u64, i32> {
-    // SAFETY (all calls below): file numbers are passed by value and a wrong one gives EBADF; buffers
-    // are borrowed slices that outlive the call.
+    // SAFETY (all calls below): file numbers are passed by value and a wrong one gives EBADF;
+    // buffers are borrowed slices that outlive the call.
     let result = match call {
         Call::Socket(address) => return tcp_socket(address),
         // SAFETY: whoever opened the file gives its number up with this call (driver.rs).

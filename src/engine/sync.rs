@@ -140,7 +140,7 @@ impl<'a> Future for Acquire<'a> {
         let is_my_turn = match self.state {
             AcquireState::New => waiters.is_empty(),
             AcquireState::Queued(_) => waiters.front() == Some(&task),
-            AcquireState::Over => panic!("a permit is awaited once"),
+            AcquireState::Over => unreachable!("a permit is awaited once"),
         };
         if is_my_turn && self.permits.free.get() > 0 {
             self.permits.free.set(self.permits.free.get() - 1);
@@ -218,8 +218,9 @@ impl<T> Queue<T> {
         items.remove(place)
     }
 
-    /// Waits for an item that `wanted` accepts. All waiters of a queue want the same, so that the one
-    /// woken for an item may stand for all; whoever makes an item acceptable later takes it itself.
+    /// Waits for an item that `wanted` accepts. All waiters of a queue want the same, so that the
+    /// one woken for an item may stand for all; whoever makes an item acceptable later takes it
+    /// itself.
     pub async fn pop(&self, core: &Core, wanted: impl Fn(&T) -> bool) -> T {
         std::future::poll_fn(|_| {
             if let Some(item) = self.take(&wanted) {

@@ -1,7 +1,7 @@
 //! Tasks: the table of futures a core runs, and the two queues of those that are ready.
 //!
-//! A task is identified by its place in the table. Scheduling a task that is queued already, or that
-//! waits for something else, is harmless: leaves look again when they are polled.
+//! A task is identified by its place in the table. Scheduling a task that is queued already, or
+//! that waits for something else, is harmless: leaves look again when they are polled.
 
 use std::collections::VecDeque;
 use std::future::Future;

@@ -1,7 +1,8 @@
 //! Deadlines: an indexed binary heap with at most one deadline per operation slot.
 //!
-//! The heap never allocates after construction, and a deadline that is no longer wanted is removed at
-//! once: with lazy removal, 30-second deadlines on short operations would pile up by the thousand.
+//! The heap never allocates after construction, and a deadline that is no longer wanted is removed
+//! at once: with lazy removal, 30-second deadlines on short operations would pile up by the
+//! thousand.
 
 /// No place in the heap.
 const ABSENT: u32 = u32::MAX;

@@ -1,21 +1,22 @@
 //! The ledger: under which digests each of the kernel's cache files may have been filled.
 //!
-//! The kernel keeps cache files over restarts and gives them to whoever asks for the same name again.
-//! Bytes that are present are never verified again, so they must have been filled under the digests
-//! of whoever reads them now. A record per cookie says what may be in its file:
-//! `<state_dir>/filled/I<domain>/D<cookie>`, named as the kernel names its own files, so that every
-//! domain and cookie is a good file name. A cache file without a record, or with one that
+//! The kernel keeps cache files over restarts and gives them to whoever asks for the same name
+//! again. Bytes that are present are never verified again, so they must have been filled under the
+//! digests of whoever reads them now. A record per cookie says what may be in its file:
+//! `<state_dir>/filled/I<domain>/D<cookie>`, named as the kernel names its own files, so that
+//! every domain and cookie is a good file name. A cache file without a record, or with one that
 //! contradicts what is being registered, is removed before the registration succeeds.
 //!
 //! Callers must keep true: `admit` returns before the image can be opened; no two images are
-//! registered at once that contradict each other; a record is never dropped while its cache file may
-//! exist (records stay when images go: 36 bytes per chunk). A crash at any point leaves at worst
-//! a record of more than was filled, which costs a cull and never a wrong byte.
+//! registered at once that contradict each other; a record is never dropped while its cache file
+//! may exist (records stay when images go: 36 bytes per chunk). A crash at any point leaves at
+//! worst a record of more than was filled, which costs a cull and never a wrong byte.
 //!
 //! A cache directory and a state directory know each other by a random id in both. Where the ids
-//! differ, the cache was filled by a daemon with another state directory, and no record counts. What
-//! this cannot see: another program that fills the same cache directory in between, and a state
-//! directory that is put back from a copy. Who does either must remove one of the two directories.
+//! differ, the cache was filled by a daemon with another state directory, and no record counts.
+//! What this cannot see: another program that fills the same cache directory in between, and a
+//! state directory that is put back from a copy. Who does either must remove one of the two
+//! directories.
 
 use std::fs::{File, OpenOptions};
 use std::io::{ErrorKind, Read, Write};

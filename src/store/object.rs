@@ -1,9 +1,10 @@
-//! One cache object behind the cachefiles door: filled through the anonymous file the kernel gave us.
+//! One cache object behind the cachefiles door: filled through the anonymous file the kernel gave
+//! us.
 //!
-//! The kernel writes what we fill straight to the backing file, synchronously, and rounds a start that
-//! is not page-aligned down without moving the data: so offset, length and memory must be multiples of
-//! 4096 bytes (leases are). Presence is the backing file's map of data and holes. The file is closed
-//! when the last holder of the object is gone, never while a fill is in flight.
+//! The kernel writes what we fill straight to the backing file, synchronously, and rounds a start
+//! that is not page-aligned down without moving the data: so offset, length and memory must be
+//! multiples of 4096 bytes (leases are). Presence is the backing file's map of data and holes. The
+//! file is closed when the last holder of the object is gone, never while a fill is in flight.
 
 use std::ops::Range;
 use std::os::fd::OwnedFd;

@@ -5,7 +5,8 @@
 //! same values in and out, no I/O. What cannot be read back exactly as it was written is no record.
 //!
 //! On disk, little endian: magic (16 bytes), ledger (16), size of the cache file (8), chunks in it
-//! (4), chunks listed (4), per listed chunk its index (4) and fingerprint (32), blake3 of all before.
+//! (4), chunks listed (4), per listed chunk its index (4) and fingerprint (32), blake3 of all
+//! before.
 
 /// Stands for a chunk's place and bytes.
 pub type Fingerprint = [u8; 32];

@@ -77,8 +77,8 @@ pub fn parse(bytes: &[u8]) -> Result<Message<'_>> {
     }
 }
 
-/// The number of a message that may be damaged, and the file of an OPEN that may be: both are needed
-/// to refuse it without leaving the kernel waiting.
+/// The number of a message that may be damaged, and the file of an OPEN that may be: both are
+/// needed to refuse it without leaving the kernel waiting.
 pub fn open_fd(bytes: &[u8]) -> Option<(MessageId, i32)> {
     let is_open = word(bytes, 4).ok()? == OPCODE_OPEN;
     let fd = word(bytes, HEADER_BYTES + 8).ok()? as i32;
@@ -110,7 +110,8 @@ fn parse_read(id: MessageId, object: ObjectId, payload: &[u8]) -> Result<Message
     }
 }
 
-/// The answer to an OPEN: the object's size in bytes, or an errno. Gives the text's length in `into`.
+/// The answer to an OPEN: the object's size in bytes, or an errno. Gives the text's length in
+/// `into`.
 pub fn copen(id: MessageId, answer: std::result::Result<u64, i32>, into: &mut [u8; 64]) -> usize {
     use std::io::Write;
     let mut rest = &mut into[..];

@@ -1,7 +1,7 @@
 //! The open device, shared by all cores: messages out of it, commands and answers into it.
 //!
-//! Reads and answers go through the calling core, which may be a simulated one. Every answer is given
-//! exactly once, by the task that took the message.
+//! Reads and answers go through the calling core, which may be a simulated one. Every answer is
+//! given exactly once, by the task that took the message.
 
 use std::fs::OpenOptions;
 use std::os::fd::{AsRawFd, OwnedFd};

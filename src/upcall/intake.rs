@@ -1,9 +1,9 @@
 //! The cachefiles door on one core: takes messages while it can serve them, serves, answers.
 //!
-//! Every core polls the device and may take any message; what it cannot serve yet stays in the kernel.
-//! Reads go to a fixed crew of demand slots, opens to a small crew of their own (`opening.rs`), closes
-//! are done at once. Each message that wants an answer gets exactly one, on every path: by the slot
-//! that served it, or here when it cannot be understood.
+//! Every core polls the device and may take any message; what it cannot serve yet stays in the
+//! kernel. Reads go to a fixed crew of demand slots, opens to a small crew of their own
+//! (`opening.rs`), closes are done at once. Each message that wants an answer gets exactly one, on
+//! every path: by the slot that served it, or here when it cannot be understood.
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -111,8 +111,8 @@ impl Door {
         }
     }
 
-    /// Kernels before 6.8 report the device as readable while any request is unanswered: a core that
-    /// finds nothing several times in a row pauses instead of spinning.
+    /// Kernels before 6.8 report the device as readable while any request is unanswered: a core
+    /// that finds nothing several times in a row pauses instead of spinning.
     async fn wait_for_message(&self, empty_count: u32) {
         let core = &self.crew.core;
         if empty_count > 2 {
@@ -227,8 +227,9 @@ impl Door {
         self.crew.record(stage, job.taken_ns);
     }
 
-    /// Fills the whole bootstrap at its first read: from then on the kernel has all metadata. Before
-    /// its OPEN is answered the object takes no bytes (the kernel has not yet attached its file).
+    /// Fills the whole bootstrap at its first read: from then on the kernel has all metadata.
+    /// Before its OPEN is answered the object takes no bytes (the kernel has not yet attached its
+    /// file).
     async fn fill_bootstrap(&self, bootstrap: &Arc<OpenBootstrap>) -> Result<()> {
         while !bootstrap.is_filled.load(Ordering::Acquire) {
             if bootstrap.is_filling.swap(true, Ordering::AcqRel) {

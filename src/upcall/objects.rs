@@ -1,7 +1,7 @@
 //! What the kernel has open: one table per core, kept equal by messages.
 //!
-//! An object is in every core's table before its OPEN is answered, so a READ finds it wherever it is
-//! taken. It leaves them at CLOSE; fetches in flight hold it until they end.
+//! An object is in every core's table before its OPEN is answered, so a READ finds it wherever it
+//! is taken. It leaves them at CLOSE; fetches in flight hold it until they end.
 
 use std::collections::HashMap;
 use std::ops::Range;

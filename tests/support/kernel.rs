@@ -1,8 +1,9 @@
 //! A kernel of one's own: the far end of the device, in this process.
 //!
-//! Speaks the messages of /dev/cachefiles over a socket, keeps objects in real files that the daemon
-//! fills with direct I/O, and reads like EROFS over fscache: what is a hole is asked for, and what is
-//! still a hole after the answer is EIO. Unlike the real kernel it is fast, and can be rude.
+//! Speaks the messages of /dev/cachefiles over a socket, keeps objects in real files that the
+//! daemon fills with direct I/O, and reads like EROFS over fscache: what is a hole is asked for,
+//! and what is still a hole after the answer is EIO. Unlike the real kernel it is fast, and can be
+//! rude.
 
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
@@ -225,7 +226,8 @@ fn hole_in(file: &File, range: &Range<u64>) -> Option<Range<u64>> {
     }
 }
 
-/// Past the page cache, as fscache reads: fills are direct, and a cached page of a hole would be old.
+/// Past the page cache, as fscache reads: fills are direct, and a cached page of a hole would be
+/// old.
 fn read_direct(file: &File, pages: &Range<u64>, range: &Range<u64>) -> Vec<u8> {
     let mut buffer = vec![0u8; (pages.end - pages.start) as usize + 4096];
     let aligned = buffer.as_ptr().align_offset(4096);

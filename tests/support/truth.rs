@@ -1,4 +1,5 @@
-//! What a blob's address space holds, made from the files of a test image without daemon or network.
+//! What a blob's address space holds, made from the files of a test image without daemon or
+//! network.
 
 use std::path::{Path, PathBuf};
 
