@@ -122,9 +122,9 @@ flipped_bit_is_one_chunk() {
     total=$(python3 -c 'import json; print(json.load(open("/tmp/flip"))["reads"])')
     [ "$refused" -ge 1 ] && [ "$refused" -le $((total / 4)) ] || { cat /tmp/flip; return 1; }
     [ $(($(counter digest_failures) + $(counter bad_chunks))) -gt "$before" ] || { echo "no counter moved"; return 1; }
-    lines=$(grep -c "flip.*${FLIP_BLOB:0:8}.*chunk" "$DAEMON_LOG")
+    lines=$(grep -c " error .*flip.*${FLIP_BLOB:0:8}.*chunk" "$DAEMON_LOG")
     [ "$lines" = 1 ] || { echo "$lines log lines name the image, the blob and the chunk:"
-        grep "flip.*${FLIP_BLOB:0:8}.*chunk" "$DAEMON_LOG" | head -n 4; return 1; }
+        grep " error .*flip.*${FLIP_BLOB:0:8}.*chunk" "$DAEMON_LOG" | head -n 4; return 1; }
     heal_registry
     heals /mnt/flip && take_away flip /mnt/flip
 }
