@@ -285,6 +285,10 @@ pub const JOURNAL_LINES_MAX: usize = 1024;
 pub const JOURNAL_ERRORS_MAX: usize = 500;
 /// Bytes of these errors, as in nydusd.
 pub const JOURNAL_ERRORS_MAX_BYTES: usize = 51_200;
+/// The same error is said once in this time.
+pub const JOURNAL_REPEAT_MS: u64 = 60_000;
+/// Errors remembered for that.
+pub const JOURNAL_REPEATS_MAX: usize = 64;
 // Command line.
 
 /// One worker per CPU up to here; more CPUs than this need `--cores`, and no list is longer.

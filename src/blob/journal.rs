@@ -8,11 +8,15 @@
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender};
 
 pub use crate::config::LogLevel as Level;
-use crate::config::{JOURNAL_ERRORS_MAX, JOURNAL_ERRORS_MAX_BYTES, JOURNAL_LINES_MAX};
+use crate::config::{
+    JOURNAL_ERRORS_MAX, JOURNAL_ERRORS_MAX_BYTES, JOURNAL_LINES_MAX, JOURNAL_REPEAT_MS,
+    JOURNAL_REPEATS_MAX,
+};
 
 /// One line.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -30,6 +34,8 @@ pub struct Journal {
     lines: Sender<Line>,
     dropped: AtomicU64,
     errors: Mutex<Errors>,
+    /// What was said lately, oldest first: a bad chunk that everybody reads is one line a minute.
+    said: Mutex<VecDeque<(Instant, String)>>,
 }
 
 /// The last errors, at most so many and so many bytes.
@@ -50,15 +56,36 @@ impl Journal {
             lines,
             dropped: AtomicU64::new(0),
             errors: Mutex::default(),
+            said: Mutex::default(),
         };
         (Arc::new(journal), receiver)
     }
 
-    /// Says that something failed. Kept for the events endpoint whatever the level.
+    /// Says that something failed. Kept for the events endpoint whatever the level. The very same
+    /// text is not said again within [`JOURNAL_REPEAT_MS`].
     pub fn error(&self, text: impl Into<String>) {
         let text = text.into();
+        if self.repeats(&text, Instant::now()) {
+            return;
+        }
         self.errors.lock().unwrap_or_else(PoisonError::into_inner).push(text.clone());
         self.write(Level::Error, || text);
+    }
+
+    fn repeats(&self, text: &str, now: Instant) -> bool {
+        let mut said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
+        let repeat = Duration::from_millis(JOURNAL_REPEAT_MS);
+        while said.front().is_some_and(|(when, _)| now.duration_since(*when) >= repeat) {
+            said.pop_front();
+        }
+        if said.iter().any(|(_, earlier)| earlier == text) {
+            return true;
+        }
+        if said.len() == JOURNAL_REPEATS_MAX {
+            said.pop_front();
+        }
+        said.push_back((now, text.to_owned()));
+        false
     }
 
     /// Writes a line if `level` is wanted; the text is made only then.
@@ -166,6 +193,24 @@ mod tests {
         let errors = journal.errors();
         assert!(errors.size_bytes <= JOURNAL_ERRORS_MAX_BYTES);
         assert_eq!(errors.size_bytes, errors.texts.iter().map(String::len).sum::<usize>());
+    }
+
+    #[test]
+    fn an_error_that_repeats_is_said_once_in_a_while() {
+        let (journal, lines) = Journal::new(Level::Error);
+        for text in ["chunk 3", "chunk 3", "chunk 4", "chunk 3"] {
+            journal.error(text);
+        }
+        let written: Vec<_> = lines.try_iter().map(|line| line.text).collect();
+        assert_eq!(written, ["chunk 3", "chunk 4"]);
+        let later = Instant::now() + Duration::from_millis(JOURNAL_REPEAT_MS);
+        assert!(!journal.repeats("chunk 3", later));
+        assert!(journal.repeats("chunk 3", later));
+        for index in 0..JOURNAL_REPEATS_MAX {
+            assert!(!journal.repeats(&format!("other {index}"), later));
+        }
+        assert_eq!(journal.said.lock().unwrap().len(), JOURNAL_REPEATS_MAX);
+        assert!(!journal.repeats("chunk 3", later));
     }
 
     #[test]
