@@ -42,6 +42,8 @@ named! {
         OpensRefused = "opens_refused",
         /// Objects the kernel closed.
         UpcallsClose = "upcalls_close",
+        /// Looks at the device that found no message: another core had been faster.
+        IntakeEmpty = "intake_empty",
         /// Reads of data blobs.
         UpcallsRead = "upcalls_read",
         /// Reads of bootstraps.

@@ -101,7 +101,10 @@ impl Door {
                     self.take(bytes);
                     continue;
                 }
-                Ok(None) => empty_count += 1,
+                Ok(None) => {
+                    empty_count += 1;
+                    self.crew.parts.counters.count(Counter::IntakeEmpty);
+                }
                 Err(error) => {
                     empty_count += 1;
                     self.crew.parts.journal.error(error.to_string());
