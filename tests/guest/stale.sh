@@ -21,9 +21,12 @@ register_demo() { # BOOTSTRAP REPO [DOMAIN]
     register demo "${3:-demo}" "$1" "$HOST" "fixtures/$2"
 }
 
-# Registers as demo/demo, mounts, reads everything, and takes it away again.
+# Registers as demo/demo, mounts, reads everything, and takes it away again. Sets `before`: the requests that had come
+# when it was registered, dialling ahead among them.
 shows() { # BOOTSTRAP REPO BLOB TREE
-    register_demo "$1" "$2" && mount_image demo demo "$3" /mnt/demo && same_tree /mnt/demo "$4" && take_away demo /mnt/demo
+    register_demo "$1" "$2" || return 1
+    before=$(requests_seen)
+    mount_image demo demo "$3" /mnt/demo && same_tree /mnt/demo "$4" && take_away demo /mnt/demo
 }
 
 restart() {
@@ -61,7 +64,6 @@ must "two bootstraps of one size" make_twin
 must "the daemon starts" daemon_start
 
 check "demo is the first image" shows "$FIRST/image.boot" lz4-1m "$BLOB" "$TREE"
-before=$(requests_seen)
 check "demo is the first image again" shows "$FIRST/image.boot" lz4-1m "$BLOB" "$TREE"
 check "the same image keeps its cache" asked_nothing_since "$before"
 check "demo is its twin at once" shows /tmp/twin/image.boot lz4-1m "$BLOB" /tmp/twin/tree.txt
