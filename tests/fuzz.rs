@@ -9,7 +9,10 @@
 //!
 //! To add a parser: a function from bytes to an outcome, a test that calls `fuzz`, and seeds.
 
-use sluice::error::Result;
+use sluice::daemon::api::route;
+use sluice::daemon::entry::Entry;
+use sluice::daemon::http::{Progress, parse as parse_request};
+use sluice::error::{Error, Result};
 use sluice::image::layer::read_bootstrap;
 use sluice::image::manifest::{Document, Platform};
 use sluice::image::toc::{BOOTSTRAP_NAME, TAIL_BYTES, Tail};
@@ -23,6 +26,7 @@ use sluice::registry::origin::Location;
 use sluice::registry::redirects::life_ns;
 use sluice::registry::reference::Reference;
 use sluice::registry::timestamp::parse_retry_after_ms;
+use sluice::upcall::cachefiles::{open_fd, parse as parse_message};
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
@@ -139,6 +143,50 @@ fn registry_documents() {
             assert_eq!(Reference::parse(&reference.to_string())?, reference);
         }
         DockerConfig::parse(input)?.find("docker.io").map(drop)
+    });
+}
+
+/// What the kernel's device says.
+#[test]
+fn messages() {
+    let mut read = Vec::new();
+    for field in [7u32, 2, 32, 9, 4096, 0, 4096, 0] {
+        read.extend(field.to_ne_bytes());
+    }
+    let mut open = Vec::new();
+    for field in [7u32, 0, 47, 9, 11, 4, 5, 0] {
+        open.extend(field.to_ne_bytes());
+    }
+    open.extend(b"erofs,demo\0demo");
+    fuzz("message", vec![read, open], |input| {
+        let _ = open_fd(input);
+        parse_message(input).map(drop)
+    });
+}
+
+/// What a client of the control API sends, and the entries it registers.
+#[test]
+fn control_requests() {
+    let seeds = [
+        "PUT /api/v2/blobs HTTP/1.1\r\nContent-Length: 2\r\n\r\n{}",
+        "GET /api/v2/blobs?domain_id=d&blob_id=b HTTP/1.0\r\nConnection: keep-alive\r\n\r\n",
+        "PUT /api/v1/config?id=/ HTTP/1.1\r\nContent-Length: 27\r\n\r\n\
+         {\"registry_auth\":\"dTpw\"}  \n",
+        r#"{"type":"bootstrap","id":"i","config":{"backend_type":"registry","backend_config":
+            {"host":"h","repo":"r"},"cache_type":"fscache","cache_config":{"work_dir":"."},
+            "metadata_path":"/b"}}"#,
+    ];
+    fuzz("control", seeds.map(|seed| seed.as_bytes().to_vec()).into(), |input| {
+        if let Ok(entry) = Entry::parse(input) {
+            return entry.into_spec().map(drop);
+        }
+        match parse_request(input).map_err(Error::Malformed)? {
+            Progress::Whole { request, .. } => match route(&request) {
+                Ok(_) => Ok(()),
+                Err(response) => Err(Error::Unsupported(format!("{response:?}"))),
+            },
+            Progress::More { .. } => Ok(()),
+        }
     });
 }
 
