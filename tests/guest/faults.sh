@@ -34,6 +34,7 @@ heals() { # PLACE
 # scene NAME FUNCTION: one check of many steps; what a failed one left standing is cleared for the next.
 scene() {
     [[ "$1" =~ $PATTERN ]] || return 0
+    heal_registry
     check "$@" || sweep
 }
 
