@@ -220,8 +220,9 @@ impl Door {
         };
         if let Err(error) = outcome {
             counters.count(Counter::ReadsFailed);
+            // The fetch that failed has said what and why, once; this is once per reader.
             let text = || format!("read at {} answered with EIO: {error}", job.range.start);
-            journal.write(Level::Warn, text);
+            journal.write(Level::Debug, text);
         }
         if let Err(error) = self.parts.device.answer_read(&self.crew.core, opened.fd(), job.id) {
             // The reader was killed, or the object was closed meanwhile.
