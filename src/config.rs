@@ -14,7 +14,7 @@ pub enum Intake {
     Every,
     /// Every core polls, and the kernel wakes one of them.
     Exclusive,
-    /// One core polls and hands requests over to its siblings.
+    /// One core polls, serves while it has little to do, and hands the rest to its siblings.
     One,
     /// Every core polls and spins a little before it sleeps.
     Spin,
@@ -484,3 +484,5 @@ pub const COOKIE_LEAVE_WAIT_MS: u64 = 5_000;
 pub const COOKIE_LOOK_MS: u64 = 10;
 /// The kernel's lists of volumes and cookies: about 200 bytes for each of 300,000.
 pub const COOKIE_LIST_MAX_BYTES: u64 = 64 * MIB as u64;
+/// Reads in service above which a core that polls for all hands further ones to its siblings.
+pub const HAND_OVER_READS: usize = 4;

@@ -32,7 +32,7 @@ pub struct Options {
     #[arg(long, value_name = "LIST|N")]
     cores: Option<String>,
     /// How the workers share the kernel's requests.
-    #[arg(long, value_enum, value_name = "MODE", default_value_t = Intake::Every)]
+    #[arg(long, value_enum, value_name = "MODE", default_value_t = Intake::One)]
     intake: Intake,
     /// The cache's name inside the kernel.
     #[arg(long, value_name = "NAME")]

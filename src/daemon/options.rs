@@ -143,7 +143,7 @@ impl Raw {
             fscache_tag: self.fscache_tag,
             api_socket: self.apisock,
             cores,
-            intake: Intake::Every,
+            intake: Intake::One,
             state_dir: PathBuf::from(STATE_DIR_DEFAULT),
             log_level: self.log_level,
             log_file: self.log_file,

@@ -18,8 +18,8 @@ use crate::blob::crew::Crew;
 use crate::blob::journal::Level;
 use crate::blob::statistics::{Counter, Stage};
 use crate::config::{
-    DEMAND_SLOTS, INTAKE_PAUSE_MAX_NS, INTAKE_PAUSE_NS, Intake, LAYOUT_LOOK_NS, MAILBOX_CAPACITY,
-    OPEN_QUEUE, OPEN_SLOTS, RANGE_LEASE_SIZE,
+    DEMAND_SLOTS, HAND_OVER_READS, INTAKE_PAUSE_MAX_NS, INTAKE_PAUSE_NS, Intake, LAYOUT_LOOK_NS,
+    MAILBOX_CAPACITY, OPEN_QUEUE, OPEN_SLOTS, RANGE_LEASE_SIZE,
 };
 use crate::engine::mesh::{Receiver, Sender};
 use crate::engine::sync::{Notify, Queue};
@@ -168,9 +168,12 @@ impl Door {
         }
     }
 
+    /// With one core polling, that core serves what it takes while it has little to do: a hand-over
+    /// costs the wake-up of a core that sleeps.
     fn dispatch(&self, job: ReadJob) {
         let cores = &self.parts.cores;
-        if self.parts.intake == Intake::One && cores.len() > 1 {
+        let in_service = DEMAND_SLOTS - self.idle_slots.get();
+        if self.parts.intake == Intake::One && in_service >= HAND_OVER_READS {
             let turn = self.next_sibling.get();
             self.next_sibling.set((turn + 1) % cores.len());
             let is_mine = turn == usize::from(self.crew.id().0);
@@ -183,8 +186,15 @@ impl Door {
 
     fn enqueue(&self, job: ReadJob) {
         self.idle_slots.set(self.idle_slots.get().saturating_sub(1));
-        let pushed = self.reads.push(&self.crew.core, job);
-        assert!(pushed.is_ok(), "the queue holds all slots' reads and a full mailbox");
+        if let Err(job) = self.reads.push(&self.crew.core, job) {
+            // Only reads handed over while this core is stuck: EIO now rather than a wait unseen.
+            self.crew.parts.counters.count(Counter::ReadsFailed);
+            self.crew.parts.journal.error("a core has more reads than it can queue; one gets EIO");
+            if let Some(opened) = self.objects.borrow().find(job.object) {
+                let answered = self.parts.device.answer_read(&self.crew.core, opened.fd(), job.id);
+                drop(answered);
+            }
+        }
     }
 
     async fn serve_reads(self: Rc<Self>) {
