@@ -401,8 +401,6 @@ pub const STREAMS_PER_BLOB: usize = 8;
 pub const AHEAD_MIN_BYTES: u64 = 256 * KIB as u64;
 /// The longest read-ahead of a stream.
 pub const AHEAD_MAX_BYTES: u64 = 8 * MIB as u64;
-/// Layouts built again because other images registered the blob, per open blob.
-pub const LAYOUT_LOAD_TRIES: u32 = 3;
 /// How long cores wait between looks at a layout another core is loading.
 pub const LAYOUT_LOOK_NS: u64 = MILLISECOND_NS;
 /// Blobs whose prefetch is in progress or waiting.
