@@ -1,7 +1,7 @@
 //! The engine: what one operation costs, over the ring and between tasks.
 //!
-//! `cargo bench --bench engine`. The ring's figures include the kernel's part of a no-op: a timer that
-//! is due already, and a read of zero bytes.
+//! `cargo bench --bench engine`. The ring's figures include the kernel's part of a no-op: a timer
+//! that is due already, and a read of zero bytes.
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use sluice::engine::arena::Arena;

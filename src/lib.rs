@@ -1,16 +1,17 @@
 //! sluice: containers start before their image has been downloaded.
 //!
-//! An image is an EROFS file system: a *bootstrap* (metadata) and *blobs* (one uncompressed address
-//! space each). The kernel reads it natively and asks this daemon only for bytes that are not on the
-//! node yet. This page is the architecture; each room's own page says more.
+//! An image is an EROFS file system: a *bootstrap* (metadata) and *blobs* (one uncompressed
+//! address space each). The kernel reads it natively and asks this daemon only for bytes that are
+//! not on the node yet. This page is the architecture; each room's own page says more.
 //!
 //! # The rooms
 //! ```text
-//! cli -> daemon -> upcall -> blob -> { registry, store, image } -> engine        config, error: leaves
+//! cli -> daemon -> upcall -> blob -> { registry, store, image } -> engine
+//! config and error are leaves that all may use
 //! ```
 //! * [`engine`]: mechanism. One core is one thread, one io_uring, one loop; operations are data,
-//!   buffers are leases, tasks are fixed crews. Knows nothing of the rest. A simulated driver behind
-//!   the same enum runs several cores in one thread with every completion order a seed can make.
+//!   buffers are leases, tasks are fixed crews. Knows nothing of the rest. A simulated driver
+//!   behind the same enum runs several cores in one thread, in any order a seed can make.
 //! * [`image`]: formats, pure. A [`image::layout::Layout`] is all the daemon keeps of a blob.
 //! * [`registry`]: where bytes come from: HTTP/1.1 by hand, TLS, tokens, mirrors; or a directory.
 //! * [`store`]: where bytes go: cache objects, and the ledger of what they were filled under.
@@ -19,30 +20,31 @@
 //! * [`daemon`]: wiring. Workers, the control API (nydusd's, and our own), statistics, culling.
 //! * [`cli`]: one file per command.
 //!
-//! Dependencies point one way, files stay short, and unsafe code lives in four files; `tests/tidy.rs`
-//! enforces all of it.
+//! Dependencies point one way, files stay short, and unsafe code lives in four files;
+//! `tests/tidy.rs` enforces all of it.
 //!
 //! # A fault, hop by hop
 //! The kernel queues a READ; some core's poll fires; `upcall/intake.rs` takes the message while a
-//! demand slot is free (the kernel queues the rest) and hands it to the slot. `blob/serve.rs` claims
-//! the absent chunks of the range in `blob/map.rs` (an atomic byte per chunk: one fetch per chunk,
-//! however many readers and cores) and starts a *flight* for each run of units; or joins the flight
-//! that has them. A fetcher (`blob/fetch.rs`) GETs the run, decodes and verifies what has arrived
-//! (`blob/workbench.rs`), fills the cache with long page-aligned writes and publishes. The reader's
-//! own chunk goes first and its slot answers as soon as that is published; the rest goes on behind.
-//! Sequential readers get a doubling read-ahead in the background lane (`blob/schedule.rs`).
+//! demand slot is free (the kernel queues the rest) and hands it to the slot. `blob/serve.rs`
+//! claims the absent chunks of the range in `blob/map.rs` (an atomic byte per chunk: one fetch per
+//! chunk, however many readers and cores) and starts a *flight* for each run of units; or joins
+//! the flight that has them. A fetcher (`blob/fetch.rs`) GETs the run, decodes and verifies what
+//! has arrived (`blob/workbench.rs`), fills the cache with long page-aligned writes and publishes.
+//! The reader's own chunk goes first and its slot answers as soon as that is published; the rest
+//! goes on behind. Sequential readers get a doubling read-ahead in the background lane
+//! (`blob/schedule.rs`).
 //!
 //! # What keeps the promises
-//! * *Never a wrong byte*: nothing is filled that did not match the bootstrap's digest, in every kind
-//!   of chunk; a chunk no bootstrap lists is never filled. The kernel's cache outlives us, so a
-//!   durable ledger ([`store::ledger`]) knows under which digests a cookie was filled; what it
+//! * *Never a wrong byte*: nothing is filled that did not match the bootstrap's digest, in every
+//!   kind of chunk; a chunk no bootstrap lists is never filled. The kernel's cache outlives us, so
+//!   a durable ledger ([`store::ledger`]) knows under which digests a cookie was filled; what it
 //!   cannot vouch for is culled before the image is registered.
 //! * *Answered once, by a deadline*: the task that takes a message answers it, on every path; every
 //!   operation has a deadline, which cancels it and awaits the cancelled completion.
 //! * *A failure is never permanent*: a failed flight releases its claims, a failed load is not
 //!   remembered, and a present chunk that the kernel asks for again is looked for in the cache.
-//! * *A reader waits for its own bytes only*: fetchers are bounded per route, so dead registries leave
-//!   room for healthy ones; large chunks are decoded on helper threads.
+//! * *A reader waits for its own bytes only*: fetchers are bounded per route, so dead registries
+//!   leave room for healthy ones; large chunks are decoded on helper threads.
 //! * *Everything is bounded*: the sums stand in [`config`].
 //!
 //! # Decisions that measurements made

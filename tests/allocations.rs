@@ -1,4 +1,5 @@
-//! Nothing allocates on the fault path after start: a counting allocator, and a reader of cold chunks.
+//! Nothing allocates on the fault path after start: a counting allocator, and a reader of cold
+//! chunks.
 //!
 //! Only the cores' threads are counted; the test's own kernel and registry allocate as they like.
 #![allow(unsafe_code)]
@@ -32,7 +33,8 @@ fn count(size: usize) {
     }
 }
 
-// SAFETY: every call is passed on to the system's allocator unchanged; counting touches only atomics.
+// SAFETY: every call is passed on to the system's allocator unchanged; counting touches only
+// atomics.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         count(layout.size());
