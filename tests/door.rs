@@ -147,6 +147,25 @@ fn flipped_bit_costs_one_chunk_and_is_named() {
 }
 
 #[test]
+fn blob_of_another_size_costs_what_is_missing() {
+    let registry = Registry::with_images(&[]);
+    let (cache, truth, options) = (cache(), Truth::of("zstd-64k"), Options::default());
+    let file = registry.root().join("blobs/sha256").join(&truth.blob_id);
+    let whole = std::fs::read(&file).unwrap();
+    std::fs::write(&file, &whole[..whole.len() / 2]).unwrap();
+    let node = Node::start(cache.path(), &options);
+    node.register(&truth, registry.address(), &options);
+    let object = node.open(&truth);
+    let (first, last) = (truth.chunks().next().unwrap(), truth.chunks().last().unwrap());
+    assert!(node.kernel.read(&object, truth.range(first)).is_ok());
+    assert_eq!(node.kernel.read(&object, truth.range(last)), Err(nix::libc::EIO));
+    let named = |line: &String| line.contains(&truth.blob_id) && line.contains("416");
+    assert!(node.lines().iter().any(named));
+    std::fs::write(&file, [&whole[..], b"more than declared"].concat()).unwrap();
+    assert_eq!(node.read_all(&truth, &object, 2), 0);
+}
+
+#[test]
 fn dead_registry_of_one_image_does_not_hold_up_another() {
     let (dead, alive) = (Registry::with_images(&[]), Registry::with_images(&[]));
     let (cache, sick, well) = (cache(), Truth::of("lz4-1m"), Truth::of("zstd-64k"));
