@@ -205,9 +205,21 @@ impl Crew {
         is_over();
     }
 
+    /// Somebody waits for a flight now: if it was to be fetched ahead and has not begun, it goes to
+    /// those who fetch on demand. Fetchers of read-ahead may all be held by a dead registry.
+    pub fn promote(&self, flight: FlightId) {
+        if let Some(id) = self.ahead.take(|&id| id == flight) {
+            let pushed = self.demand.push(&self.core, id);
+            pushed.expect("a queue has room for every flight place");
+        }
+    }
+
     fn enlist(&self, blob: &Arc<OpenBlob>, waiter: RemoteWaiter) {
         let is_mine = blob.map.state(waiter.chunk) == ChunkState::Claimed(self.id());
         let flight = is_mine.then(|| self.flights.find(blob, waiter.chunk)).flatten();
+        if let Some(id) = flight {
+            self.promote(id);
+        }
         let is_enlisted = flight.is_some_and(|id| self.flights.add_remote(id, waiter));
         if !is_enlisted {
             let _ = self.parts.cores[usize::from(waiter.core.0)].send(Mail::Settled);

@@ -157,6 +157,7 @@ impl Crew {
                 ChunkState::Claimed(owner) if owner == self.id() => {
                     match self.flights.find(blob, chunk) {
                         Some(flight) => {
+                            self.promote(flight);
                             self.flights.settled(flight).wait(&self.core).by(look_ns).await;
                         }
                         None => self.core.sleep_until(look_ns).await?,
