@@ -38,6 +38,7 @@ pub mod inode;
 pub mod layer;
 pub mod layout;
 pub mod manifest;
+pub mod segmentation;
 pub mod superblock;
 pub mod toc;
 pub mod walk;
@@ -48,6 +49,8 @@ mod draft_tests;
 #[cfg(test)]
 mod erofs_tests;
 mod little;
+#[cfg(test)]
+mod segmentation_tests;
 #[cfg(test)]
 mod specimen_tests;
 mod tiling;
@@ -64,3 +67,4 @@ pub use files::FileChunk;
 pub use identity::{BlobId, ChunkIndex};
 pub use inode::{FileKind, Inode};
 pub use layout::{Chunk, Layout, Unit};
+pub use segmentation::{Recipe, SegmentPlan, Segmentation};
