@@ -3,7 +3,7 @@
 //! Pure: every parser takes bytes and returns values; nothing here opens, reads, waits or knows an
 //! engine. All input is hostile: a parser answers [`crate::error::Error::Malformed`] or
 //! `Unsupported`, it never panics, never loops without a bound and never allocates more than a
-//! limit of `config.rs` or a small multiple of its input.
+//! limit of `config` or a small multiple of its input.
 //!
 //! How the files hang together:
 //! ```text

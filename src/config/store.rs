@@ -1,0 +1,23 @@
+//! Limits of the caches: the ledger of the kernel's cache, and the segments of our own.
+
+use super::*;
+
+// Ledger: what the kernel's cache may hold. Read and written at registrations only.
+
+/// One record: 36 bytes per chunk of a blob and 80 around them; the largest is 576 MiB.
+pub const LEDGER_RECORD_MAX_BYTES: u64 = CHUNKS_PER_BLOB_MAX as u64 * 36 + 80;
+/// A cookie that the kernel is taking leave of is waited for so long before it counts as in use.
+pub const COOKIE_LEAVE_WAIT_MS: u64 = 5_000;
+/// The pause between two looks at it.
+pub const COOKIE_LOOK_MS: u64 = 10;
+/// The kernel's lists of volumes and cookies: about 200 bytes for each of 300,000.
+pub const COOKIE_LIST_MAX_BYTES: u64 = 64 * MIB as u64;
+
+// Segments: the cache behind the fanotify door.
+
+/// A fill on a core writes so much between two polls: 12 to 16 us each.
+pub const FILL_SLICE_BYTES: usize = 64 * KIB;
+/// The log of one blob's completions: 60 bytes for each of 65,535 segments, four times over.
+pub const COMPLETION_LOG_MAX_BYTES: u64 = 16 * MIB as u64;
+/// Completed segments on the way to their ignore marks and records.
+pub const COMPLETED_QUEUE: usize = 64 * KIB;
