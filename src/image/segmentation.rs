@@ -136,6 +136,11 @@ impl Segmentation {
         (chunk.0 < self.segments[place].end_chunk).then_some(place as u32)
     }
 
+    /// How many segments begin before a chunk.
+    pub fn places_before(&self, chunk: ChunkIndex) -> u32 {
+        self.segments.partition_point(|segment| segment.first_chunk < chunk.0) as u32
+    }
+
     /// The place of the segment for chunks that start at `offset` of the address space.
     pub fn place_at(&self, offset: u64) -> Option<u32> {
         let number = u32::try_from(offset >> self.shift).ok()?;
