@@ -16,7 +16,9 @@ use sluice::error::{Error, Result};
 use sluice::image::layer::read_bootstrap;
 use sluice::image::manifest::{Document, Platform};
 use sluice::image::toc::{BOOTSTRAP_NAME, TAIL_BYTES, Tail};
-use sluice::image::{Bootstrap, ChunkIndex, ContextTable, Decoder, Layout};
+use sluice::image::{
+    Bootstrap, ChunkIndex, ContextTable, Decoder, KernelView, Layout, Segmentation,
+};
 use sluice::registry::auth::{Challenge, parse_challenges, parse_token};
 use sluice::registry::config::Backend;
 use sluice::registry::credentials::DockerConfig;
@@ -39,12 +41,40 @@ const POOL_MAX: usize = 4000;
 /// Mutated inputs do not grow beyond.
 const INPUT_MAX_BYTES: usize = 1 << 20;
 
-#[test]
-fn bootstraps() {
+fn fixture_bootstraps() -> Vec<Vec<u8>> {
     let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
     let images = ["lz4-1m", "zstd-64k", "zran"];
-    let seeds = images.map(|name| std::fs::read(fixtures.join(name).join("image.boot")).unwrap());
-    fuzz("bootstrap", seeds.into(), |input| walk(&Bootstrap::parse(input)?));
+    images.map(|name| std::fs::read(fixtures.join(name).join("image.boot")).unwrap()).into()
+}
+
+#[test]
+fn bootstraps() {
+    fuzz("bootstrap", fixture_bootstraps(), |input| walk(&Bootstrap::parse(input)?));
+}
+
+/// What the kernel would mount is no larger than it says, and every chunk is in a segment.
+#[test]
+fn views() {
+    let seeds = [fixture_bootstraps(), corpus("bootstrap")].concat();
+    fuzz("view", seeds, |input| {
+        let bootstrap = Bootstrap::parse(input)?;
+        let segmentations = Segmentation::of_image(&bootstrap)?;
+        for (blob, cut) in segmentations.iter().enumerate() {
+            for chunk in bootstrap.chunks_of(blob as u32) {
+                let segment = cut.segment(cut.place_of(chunk.index).expect("it is listed"));
+                let end = chunk.uncompressed_offset + u64::from(chunk.uncompressed_size);
+                assert!(segment.base <= chunk.uncompressed_offset);
+                assert!(end <= segment.base + segment.size);
+            }
+        }
+        let view = KernelView::derive(&bootstrap, &segmentations)?;
+        let devices = segmentations.iter().map(Segmentation::count).sum::<u32>();
+        assert_eq!(view.devices.len(), devices as usize);
+        assert!(view.metadata.len().is_multiple_of(4096));
+        let blocks = u32::from_le_bytes(view.metadata[1060..1064].try_into().unwrap());
+        assert_eq!(blocks as usize * 4096, view.metadata.len());
+        Ok(())
+    });
 }
 
 #[test]

@@ -11,6 +11,7 @@
 //!                          |            Toc (toc) -> blob.meta -> ContextTable (context)
 //!                          +-> Layout (layout) <----------------------+
 //!                                 +-> Decoder (decode: cipher, codec, inflate) -> Layout::verify
+//! Bootstrap -> Segmentation (segmentation) -> KernelView (view): what is mounted behind fanotify
 //! ```
 
 macro_rules! malformed {
@@ -41,6 +42,7 @@ pub mod manifest;
 pub mod segmentation;
 pub mod superblock;
 pub mod toc;
+pub mod view;
 pub mod walk;
 
 mod assembly;
@@ -54,6 +56,8 @@ mod segmentation_tests;
 #[cfg(test)]
 mod specimen_tests;
 mod tiling;
+#[cfg(test)]
+mod view_tests;
 
 pub use blob_table::{BlobFeatures, BlobRecord};
 pub use bootstrap::Bootstrap;
@@ -68,3 +72,4 @@ pub use identity::{BlobId, ChunkIndex};
 pub use inode::{FileKind, Inode};
 pub use layout::{Chunk, Layout, Unit};
 pub use segmentation::{Recipe, SegmentPlan, Segmentation};
+pub use view::{DeviceRef, KernelView};
