@@ -7,6 +7,8 @@
 pub mod cachefiles;
 pub mod device;
 pub mod intake;
+pub mod mountinfo;
+pub mod mounting;
 pub mod objects;
 mod opening;
 pub mod sys;

@@ -6,4 +6,5 @@ pub mod http;
 pub mod kernel;
 pub mod node;
 pub mod registry;
+pub mod segments;
 pub mod truth;
