@@ -6,6 +6,8 @@
 
 pub mod cachefiles;
 pub mod device;
+pub mod fanotify;
+pub mod group;
 pub mod intake;
 pub mod mountinfo;
 pub mod mounting;

@@ -4,6 +4,7 @@
 
 pub mod http;
 pub mod kernel;
+pub mod listener;
 pub mod node;
 pub mod registry;
 pub mod segments;
