@@ -29,6 +29,8 @@ use sluice::registry::redirects::life_ns;
 use sluice::registry::reference::Reference;
 use sluice::registry::timestamp::parse_retry_after_ms;
 use sluice::upcall::cachefiles::{open_fd, parse as parse_message};
+use sluice::upcall::fanotify::parse as parse_events;
+use sluice::upcall::mountinfo;
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
@@ -191,6 +193,22 @@ fn messages() {
     fuzz("message", vec![read, open], |input| {
         let _ = open_fd(input);
         parse_message(input).map(drop)
+    });
+}
+
+/// What a fanotify group says, and the kernel's list of mounts.
+#[test]
+fn events() {
+    let mut event = Vec::new();
+    for field in [48u32, 3 | 24 << 16, 0x10_0000, 0, 9, 77, 6 | 24 << 16, 0, 4096, 0, 65536, 0] {
+        event.extend(field.to_ne_bytes());
+    }
+    let line = b"40 22 0:40 / /mnt/a\\040b ro shared:7 - erofs none ro,fsid=demo\n";
+    fuzz("event", vec![event.repeat(3), event, line.to_vec()], |input| {
+        mountinfo::parse(input);
+        let events = parse_events(input).collect::<Result<Vec<_>>>()?;
+        assert!(events.iter().all(|event| event.range.start <= event.range.end));
+        Ok(())
     });
 }
 

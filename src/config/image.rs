@@ -21,15 +21,3 @@ pub const CONTEXT_TABLE_MAX_BYTES: usize = 512 * MIB;
 pub const DECODER_SCRATCH_BYTES: usize = 2 * MIB;
 /// Bytes a deflate dictionary can have: the window of the format.
 pub const DEFLATE_DICTIONARY_MAX_BYTES: usize = 32 * KIB;
-// The kernel's view of an image behind the fanotify door. At most 65,535 x 32 bytes of plans and as
-// many files of up to 64 + 16 MiB per image; the device table is 8 MiB then.
-
-/// Devices besides the bootstrap's own: EROFS counts them in 16 bits.
-pub const DEVICES_PER_IMAGE_MAX: usize = 65_535;
-/// Segments of small blobs: 64 KiB, the chunk size of images made for lazy loading.
-pub const SEGMENT_SHIFT_MIN: u32 = 16;
-/// Segments of blobs whose units decode to up to 2 MiB.
-pub const SEGMENT_SHARED_SHIFT_MIN: u32 = 21;
-/// The largest segments, 64 MiB: a reader may wait for all that lies before its chunk.
-pub const SEGMENT_SHIFT_MAX: u32 = 26;
-const _: () = assert!((1usize << SEGMENT_SHIFT_MAX) + CHUNK_MAX_BYTES < u32::MAX as usize);

@@ -6,6 +6,7 @@
 
 mod cli;
 mod control;
+mod door;
 mod engine;
 mod fault;
 mod image;
@@ -18,6 +19,7 @@ use clap::ValueEnum;
 
 pub use cli::*;
 pub use control::*;
+pub use door::*;
 pub use engine::*;
 pub use fault::*;
 pub use image::*;

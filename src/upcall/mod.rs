@@ -6,7 +6,11 @@
 
 pub mod cachefiles;
 pub mod device;
+pub mod fanotify;
+pub mod group;
 pub mod intake;
+pub mod mountinfo;
+pub mod mounting;
 pub mod objects;
 mod opening;
 pub mod sys;

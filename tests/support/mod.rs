@@ -4,6 +4,8 @@
 
 pub mod http;
 pub mod kernel;
+pub mod listener;
 pub mod node;
 pub mod registry;
+pub mod segments;
 pub mod truth;
