@@ -39,6 +39,17 @@ pub enum Intake {
     Spin,
 }
 
+/// Which kernel interfaces the daemon opens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum DoorChoice {
+    /// Those this machine has.
+    Auto,
+    /// /dev/cachefiles: Linux 5.19 to 7.1.
+    Cachefiles,
+    /// Pre-content events of fanotify: Linux 6.14 and later.
+    Fanotify,
+}
+
 /// How much the daemon says about its work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
 pub enum LogLevel {
@@ -59,7 +70,12 @@ pub enum LogLevel {
 /// What an operator decides about one daemon; the command line makes it, nothing changes it later.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
-    /// The cache directory handed to the kernel (`dir`); without one there is no cachefiles door.
+    /// Which doors are opened.
+    pub door: DoorChoice,
+    /// Where the fanotify door keeps segments and views.
+    pub cache_dir: PathBuf,
+    /// The cache directory handed to the kernel (`dir`); without one it is below `cache_dir`, or,
+    /// where the cachefiles door was asked for by name, there is none.
     pub fscache_dir: Option<PathBuf>,
     /// The cache's name inside the kernel (`tag`); the kernel's own is "CacheFiles".
     pub fscache_tag: Option<String>,

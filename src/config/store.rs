@@ -19,5 +19,17 @@ pub const COOKIE_LIST_MAX_BYTES: u64 = 64 * MIB as u64;
 pub const FILL_SLICE_BYTES: usize = 64 * KIB;
 /// The log of one blob's completions: 60 bytes for each of 65,535 segments, four times over.
 pub const COMPLETION_LOG_MAX_BYTES: u64 = 16 * MIB as u64;
+/// A segment's path as the kernel shows it: PATH_MAX.
+pub const SEGMENT_PATH_MAX_BYTES: usize = 4096;
 /// Completed segments on the way to their ignore marks and records.
 pub const COMPLETED_QUEUE: usize = 64 * KIB;
+/// A complete segment waits so long for others before its completion is written down.
+pub const SEAL_DELAY_MS: u64 = 1_000;
+/// So many complete segments are written down without waiting.
+pub const SEAL_BATCH: usize = 1024;
+/// Up to so many segments are synced one by one: each costs a flush of the disk.
+pub const SEAL_FILES_SYNCED_ONE_BY_ONE: usize = 4;
+/// How often is looked for images that nobody reads any more, and for mounts that went by hand.
+pub const DOZE_INTERVAL_MS: u64 = 30_000;
+/// An image nobody has read from for so long gives its memory back.
+pub const AWAKE_IDLE_NS: u64 = 300 * SECOND_NS;

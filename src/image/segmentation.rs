@@ -141,11 +141,15 @@ impl Segmentation {
         self.segments.partition_point(|segment| segment.first_chunk < chunk.0) as u32
     }
 
-    /// The place of the segment for chunks that start at `offset` of the address space.
-    pub fn place_at(&self, offset: u64) -> Option<u32> {
-        let number = u32::try_from(offset >> self.shift).ok()?;
+    /// The place of the segment with a number.
+    pub fn place_of_number(&self, number: u32) -> Option<u32> {
         let place = self.segments.binary_search_by_key(&number, |segment| segment.number);
         place.ok().map(|place| place as u32)
+    }
+
+    /// The place of the segment for chunks that start at `offset` of the address space.
+    pub fn place_at(&self, offset: u64) -> Option<u32> {
+        self.place_of_number(u32::try_from(offset >> self.shift).ok()?)
     }
 
     /// Bytes this occupies.

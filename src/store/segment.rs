@@ -9,7 +9,7 @@
 //! Callers must keep true: only the owner fills; fills go on where the last one ended, except over
 //! gaps that the name says nobody reads; nobody opens the file through the marked mount.
 
-use std::ffi::{CStr, CString};
+use std::ffi::CString;
 use std::fs::File;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
@@ -85,11 +85,6 @@ impl Segment {
     /// The file's name.
     pub fn name(&self) -> &str {
         self.name.to_str().expect("made from text")
-    }
-
-    /// The file's name, for system calls.
-    pub fn file_name(&self) -> &CStr {
-        &self.name
     }
 
     /// The file, seen through the unmarked path.
@@ -230,6 +225,15 @@ impl Segment {
             }
         }
         (lease, Ok(()))
+    }
+
+    /// Brings the bytes to the disk.
+    ///
+    /// # Errors
+    /// What the disk says.
+    pub fn sync(&self) -> Result<()> {
+        let file = self.open_file(OFlag::empty())?;
+        file.sync_data().map_err(|error| self.failed(&error))
     }
 
     /// The open file, which stays open until the owner releases the segment.

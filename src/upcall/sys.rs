@@ -117,3 +117,24 @@ fn owned(result: c_long) -> Result<OwnedFd, Errno> {
     // this is the only place that has seen it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd as c_int) })
 }
+
+/// The size of an open file that is only known by its number.
+pub fn file_size(file: Fd) -> Result<u64, Errno> {
+    // SAFETY: the number is that of an event's file, which is open until the event is answered;
+    // the borrow ends with this call.
+    let file = unsafe { BorrowedFd::borrow_raw(file.0) };
+    nix::sys::stat::fstat(file).map(|status| status.st_size.max(0) as u64)
+}
+
+/// The path of an open file as this process sees it, read into `buffer`.
+pub fn file_path(file: Fd, buffer: &mut [u8]) -> Result<&[u8], Errno> {
+    let mut link = [0; 32];
+    let mut rest = &mut link[..31];
+    let written = std::io::Write::write_fmt(&mut rest, format_args!("/proc/self/fd/{}", file.0));
+    written.map_err(|_| Errno::EINVAL)?;
+    let (start, room) = (buffer.as_mut_ptr().cast(), buffer.len());
+    // SAFETY: the link's name ends with the NUL behind what was written; the buffer is valid for
+    // the length passed with it.
+    let size = Errno::result(unsafe { libc::readlink(link.as_ptr().cast(), start, room) })?;
+    Ok(&buffer[..size as usize])
+}

@@ -59,6 +59,7 @@ impl Node {
         let parts = WorkerParts {
             device: Some(Arc::new(Device::of_socket(device))),
             intake: options.intake,
+            watch: None,
             catalog: Arc::new(Catalog::default()),
             journal: Arc::clone(&journal),
             counters: Counters::new(cpus.len()),

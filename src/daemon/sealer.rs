@@ -1,0 +1,156 @@
+//! Housekeeping of the fanotify door, on a thread of its own: what becomes of complete segments.
+//!
+//! A segment that has become complete raises no events from then on: its inode is ignored at once.
+//! Its completion is written down once its bytes are on the disk, for many segments at a time; one
+//! that the machine's end catches before that is fetched again. Images that nobody has read from
+//! for a while give back the memory of what they know about their blobs.
+
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
+
+use crate::blob::journal::{Journal, Level};
+use crate::config::{
+    AWAKE_IDLE_NS, DOZE_INTERVAL_MS, SEAL_BATCH, SEAL_DELAY_MS, SEAL_FILES_SYNCED_ONE_BY_ONE,
+};
+use crate::error::{Error, Result};
+use crate::store::segment::Segment;
+use crate::upcall::binder::Binder;
+
+/// The running thread.
+pub struct Sealer {
+    stop: Sender<()>,
+    thread: JoinHandle<()>,
+}
+
+struct Sealing {
+    binder: Arc<Binder>,
+    journal: Arc<Journal>,
+    /// Complete and ignored, not yet on record.
+    batch: Vec<Arc<Segment>>,
+    /// When the first of them came.
+    since: Instant,
+}
+
+impl Sealer {
+    /// Starts the thread; `completed` is where the store sends complete segments, `tick` is called
+    /// from time to time.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn start(
+        binder: &Arc<Binder>,
+        journal: &Arc<Journal>,
+        completed: Receiver<Arc<Segment>>,
+        tick: Box<dyn Fn() + Send>,
+    ) -> Result<Sealer> {
+        let (stop, stopped) = crossbeam_channel::bounded(1);
+        let (binder, journal) = (Arc::clone(binder), Arc::clone(journal));
+        let batch = Vec::with_capacity(SEAL_BATCH);
+        let mut sealing = Sealing { binder, journal, batch, since: Instant::now() };
+        let thread = std::thread::Builder::new().name("sealer".into());
+        let thread = thread
+            .spawn(move || sealing.run(&completed, &stopped, &tick))
+            .map_err(|error| Error::io(&error, "cannot start a thread for complete segments"))?;
+        Ok(Sealer { stop, thread })
+    }
+
+    /// Seals what is complete and ends.
+    pub fn stop(self) {
+        let _ = self.stop.send(());
+        let _ = self.thread.join();
+    }
+}
+
+impl Sealing {
+    fn run(&mut self, completed: &Receiver<Arc<Segment>>, stopped: &Receiver<()>, tick: &dyn Fn()) {
+        let pause = Duration::from_millis(SEAL_DELAY_MS);
+        let mut looked = Instant::now();
+        loop {
+            match completed.recv_timeout(pause) {
+                Ok(segment) => self.take(segment),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => break,
+            }
+            let is_due = !self.batch.is_empty() && self.since.elapsed() >= pause;
+            if is_due || self.batch.len() >= SEAL_BATCH {
+                self.seal();
+            }
+            if looked.elapsed() >= Duration::from_millis(DOZE_INTERVAL_MS) {
+                looked = Instant::now();
+                self.doze();
+                tick();
+            }
+            if stopped.try_recv().is_ok() {
+                break;
+            }
+        }
+        completed.try_iter().for_each(|segment| self.take(segment));
+        self.seal();
+    }
+
+    fn take(&mut self, segment: Arc<Segment>) {
+        let ignored = self.binder.group().ignore(segment.directory.fd(), segment.name());
+        if let Err(error) = ignored {
+            // It goes on to raise events that are answered at once: slower, not wrong.
+            self.journal.error(format!("{}: {error}", segment.path().display()));
+        }
+        if self.batch.is_empty() {
+            self.since = Instant::now();
+        }
+        self.batch.push(segment);
+    }
+
+    fn seal(&mut self) {
+        let mut batch = std::mem::take(&mut self.batch);
+        // What was evicted meanwhile is not complete any more.
+        batch.retain(|segment| segment.is_complete());
+        if batch.is_empty() {
+            return;
+        }
+        batch.sort_unstable_by_key(|segment| Arc::as_ptr(&segment.directory));
+        let sealed = sync(&batch).and_then(|()| {
+            let mut of_blobs =
+                batch.chunk_by(|one, two| Arc::ptr_eq(&one.directory, &two.directory));
+            of_blobs.try_for_each(|segments| {
+                let names = segments.iter().map(|segment| (segment.name(), segment.full_size));
+                segments[0].directory.record(names)
+            })
+        });
+        if let Err(error) = sealed {
+            let count = batch.len();
+            self.journal.error(format!(
+                "{count} complete segments are not on record and will be fetched again after a \
+                 power cut: {error}"
+            ));
+        }
+    }
+
+    fn doze(&self) {
+        let now_ns = monotonic_ns();
+        let dozing = self.binder.bindings().doze(now_ns.saturating_sub(AWAKE_IDLE_NS));
+        if dozing > 0 {
+            self.journal.write(Level::Debug, || format!("{dozing} blobs put to sleep"));
+        }
+    }
+}
+
+/// Brings the segments' bytes to the disk: few of them one by one, many with the whole file system,
+/// which is one flush of the disk instead of one for each.
+fn sync(batch: &[Arc<Segment>]) -> Result<()> {
+    if batch.len() <= SEAL_FILES_SYNCED_ONE_BY_ONE {
+        return batch.iter().try_for_each(|segment| segment.sync());
+    }
+    let directory = batch[0].directory.fd();
+    nix::unistd::syncfs(directory)
+        .map_err(|errno| Error::system(errno as i32, "cannot sync the cache's file system"))
+}
+
+/// The cores' clock.
+fn monotonic_ns() -> u64 {
+    let time = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC)
+        .expect("the monotonic clock is always there");
+    time.tv_sec() as u64 * crate::config::SECOND_NS + time.tv_nsec() as u64
+}
