@@ -1,5 +1,6 @@
-//! The fanotify group, mounting and the kernel view on the running kernel (6.14 or later, as root).
-//! a reader gets after each answer, and what ends it. Needs root, Linux 6.14 and file-backed EROFS.
+//! What the fanotify door relies on, seen on the kernel this runs on: which reads raise events,
+//! what a reader gets after each answer, and what ends it. Needs root, Linux 6.14 and
+//! file-backed EROFS.
 
 mod support;
 
