@@ -178,12 +178,14 @@ impl Segments {
         let (plan, file) = self.of(chunk);
         // The owner first: one who leaves has published before.
         let owner = file.owner();
+        if owner == Owner::Eviction {
+            return ChunkState::Leaving;
+        }
         if end_of(&layout.chunk(chunk)) - plan.base <= file.size() {
             return ChunkState::Present;
         }
         match owner {
             Owner::Core(core) => ChunkState::Claimed(core),
-            // Eviction is over in a moment, and a claim finds out.
             Owner::Nobody | Owner::Eviction => ChunkState::Absent,
         }
     }

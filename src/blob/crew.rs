@@ -63,7 +63,12 @@ pub struct CrewParts {
     pub cores: Vec<Sender<Mail>>,
     /// A fault is answered within this time.
     pub fault_deadline_ns: u64,
+    /// Frees at least so many bytes of the cache, if it can; gives how many. Blocks on the disk.
+    pub make_room: MakeRoom,
 }
+
+/// Frees at least so many bytes, if it can; gives how many it was.
+pub type MakeRoom = Arc<dyn Fn(u64) -> u64 + Send + Sync>;
 
 /// What the tasks of one core share.
 pub struct Crew {

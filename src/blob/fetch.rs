@@ -14,8 +14,8 @@ use super::plan::{Run, extent};
 use super::statistics::{Counter, Stage};
 use super::workbench::{Batch, Job, Workbench};
 use crate::config::{
-    BODY_TRIES, DECODE_INLINE_MAX_BYTES, DIGEST_TRIES, FETCHERS_PER_ROUTE, MILLISECOND_NS,
-    RANGE_LEASE_SIZE,
+    BODY_TRIES, DECODE_INLINE_MAX_BYTES, DIGEST_TRIES, FETCHERS_PER_ROUTE, FILL_TRIES,
+    MILLISECOND_NS, RANGE_LEASE_SIZE, ROOM_MIN_BYTES,
 };
 use crate::engine::{Class, Lane, Lease};
 use crate::error::{Error, Result};
@@ -206,9 +206,18 @@ impl Crew {
         for place in 0..landing.bench.rows.len() {
             let row = landing.bench.rows[place].clone();
             let began_ns = self.core.now();
-            let filled;
-            (landing.output, filled) =
-                blob.cache.fill(&self.core, landing.output, &row, batch.output_start, *lane).await;
+            let (start, mut filled) = (batch.output_start, Ok(()));
+            for _ in 0..FILL_TRIES {
+                (landing.output, filled) =
+                    blob.cache.fill(&self.core, landing.output, &row, start, *lane).await;
+                if !matches!(filled, Err(Error::System { errno: libc::ENOSPC, .. })) {
+                    break;
+                }
+                let (make_room, size) = (Arc::clone(&self.parts.make_room), row.bytes.len() as u64);
+                if self.core.offload(move || make_room(size.max(ROOM_MIN_BYTES))).await < size {
+                    break;
+                }
+            }
             if let Err(error) = filled {
                 return (landing, Err(error));
             }

@@ -11,7 +11,7 @@ use super::cache::Cache;
 use super::crew::Crew;
 use super::map::ChunkState;
 use super::open::OpenBlob;
-use crate::config::{FLIGHT_PAUSE_NS, LAUNCHES_PER_FAULT, SETTLE_LOOK_NS};
+use crate::config::{EVICTION_LOOK_NS, FLIGHT_PAUSE_NS, LAUNCHES_PER_FAULT, SETTLE_LOOK_NS};
 use crate::engine::Lane;
 use crate::error::{Error, Result};
 use crate::image::identity::ChunkIndex;
@@ -94,6 +94,10 @@ impl Crew {
                     let news = self.news.wait(&self.core);
                     self.ask(owner, blob, chunk);
                     news.by(look_ns).await;
+                }
+                ChunkState::Leaving => {
+                    let look_ns = deadline_ns.min(now_ns + EVICTION_LOOK_NS);
+                    self.core.sleep_until(look_ns).await?;
                 }
                 ChunkState::Absent if launches < LAUNCHES_PER_FAULT => {
                     // Whoever fetched it gave up, perhaps a read-ahead: try for ourselves.

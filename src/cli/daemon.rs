@@ -26,6 +26,9 @@ pub struct Options {
     /// Where cached bytes are kept, on ext4, xfs or btrfs; made if absent.
     #[arg(long, value_name = "DIR", default_value = config::STATE_DIR_DEFAULT)]
     cache: PathBuf,
+    /// Bytes the cache may take behind the fanotify door ("200M", "50G"); unused images go first.
+    #[arg(long, value_name = "SIZE", default_value = "0", value_parser = output::parse_size)]
+    cache_quota: u64,
     /// The kernel interface to serve: what this machine has, or one by name.
     #[arg(long, value_enum, value_name = "DOOR", default_value_t = DoorChoice::Auto)]
     door: DoorChoice,
@@ -161,6 +164,7 @@ fn configure(options: &Options, allowed: &[usize]) -> Result<Config> {
     Ok(Config {
         door: options.door,
         cache_dir: options.cache.clone(),
+        cache_quota_bytes: options.cache_quota,
         fscache_dir: match (&options.fscache, options.door) {
             (None, DoorChoice::Cachefiles) => Some(options.cache.join("fscache")),
             (directory, _) => directory.clone(),

@@ -73,3 +73,7 @@ pub const INTAKE_PAUSE_MAX_NS: u64 = MILLISECOND_NS;
 pub const STATISTICS_WAIT_MS: u64 = 500;
 /// Reads in service above which a core that polls for all hands further ones to its siblings.
 pub const HAND_OVER_READS: usize = 4;
+/// Tries for a fill: once more when room was made on a full disk.
+pub const FILL_TRIES: u32 = 2;
+/// What is freed at least when the disk is full: the next fills need room, too.
+pub const ROOM_MIN_BYTES: u64 = 16 * MIB as u64;

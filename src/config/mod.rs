@@ -74,6 +74,8 @@ pub struct Config {
     pub door: DoorChoice,
     /// Where the fanotify door keeps segments and views.
     pub cache_dir: PathBuf,
+    /// Bytes the segments may take; 0 is no bound.
+    pub cache_quota_bytes: u64,
     /// The cache directory handed to the kernel (`dir`); without one it is below `cache_dir`, or,
     /// where the cachefiles door was asked for by name, there is none.
     pub fscache_dir: Option<PathBuf>,

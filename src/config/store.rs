@@ -33,3 +33,13 @@ pub const SEAL_FILES_SYNCED_ONE_BY_ONE: usize = 4;
 pub const DOZE_INTERVAL_MS: u64 = 30_000;
 /// An image nobody has read from for so long gives its memory back.
 pub const AWAKE_IDLE_NS: u64 = 300 * SECOND_NS;
+/// What eviction asks of the kernel to be told of before it decides who is read.
+pub const EVICTION_LISTEN_MS: u64 = 1_000;
+/// Readers that were let in before a segment was claimed are done after so long.
+pub const EVICTION_GRACE_MS: u64 = 1_000;
+/// Segments of mounted images that are decided on together.
+pub const EVICTION_BATCH: usize = 4 * KIB;
+/// How often a reader looks whether bytes that are being taken away are gone.
+pub const EVICTION_LOOK_NS: u64 = 10 * MILLISECOND_NS;
+/// How often the bytes on the disk are counted anew.
+pub const SPACE_COUNT_INTERVAL_MS: u64 = 600_000;

@@ -7,6 +7,8 @@ use crossbeam_channel::Receiver;
 
 use super::cookies::Cookies;
 use super::cull::Culler;
+use super::evictor::Evictor;
+use crate::blob::crew::MakeRoom;
 use crate::blob::journal::{Journal, Level};
 use crate::config::{COMPLETED_QUEUE, Config, DoorChoice};
 use crate::error::{Error, Result};
@@ -21,8 +23,8 @@ use crate::upcall::device::{DEVICE_PATH, Device};
 pub struct Doors {
     /// /dev/cachefiles, and the directory it is bound to.
     pub cachefiles: Option<(Arc<Device>, PathBuf)>,
-    /// The fanotify door, and where complete segments come out.
-    pub fanotify: Option<(Arc<Binder>, Receiver<Arc<Segment>>)>,
+    /// The fanotify door, what keeps its quota, and where complete segments come out.
+    pub fanotify: Option<(Arc<Binder>, Arc<Evictor>, Receiver<Arc<Segment>>)>,
 }
 
 impl Doors {
@@ -31,13 +33,15 @@ impl Doors {
     ///
     /// # Errors
     /// A door that was asked for by name, or all of them, cannot be opened.
-    pub fn open(config: &Config, routes: &Arc<Shared>, journal: &Journal) -> Result<Doors> {
+    pub fn open(config: &Config, routes: &Arc<Shared>, journal: &Arc<Journal>) -> Result<Doors> {
         let mut doors = Doors::default();
         match config.door {
             DoorChoice::Cachefiles => doors.cachefiles = open_cachefiles(config)?,
-            DoorChoice::Fanotify => doors.fanotify = Some(open_fanotify(config, routes)?),
+            DoorChoice::Fanotify => {
+                doors.fanotify = Some(open_fanotify(config, routes, journal)?);
+            }
             DoorChoice::Auto => {
-                let fanotify = open_fanotify(config, routes);
+                let fanotify = open_fanotify(config, routes, journal);
                 let cachefiles = open_cachefiles(config);
                 let (fanotify, cachefiles) = match (fanotify, cachefiles) {
                     (Err(fanotify), Err(cachefiles)) => {
@@ -53,6 +57,17 @@ impl Doors {
             }
         }
         Ok(doors)
+    }
+
+    /// What a core asks when the disk is full.
+    pub fn make_room(&self) -> MakeRoom {
+        match &self.fanotify {
+            Some((_, evictor, _)) => {
+                let evictor = Arc::clone(evictor);
+                Arc::new(move |wanted| evictor.make_room(wanted))
+            }
+            None => Arc::new(|_| 0),
+        }
     }
 
     /// What removes cache files behind the cachefiles door.
@@ -93,9 +108,12 @@ fn open_cachefiles(config: &Config) -> Result<Option<(Arc<Device>, PathBuf)>> {
 fn open_fanotify(
     config: &Config,
     routes: &Arc<Shared>,
-) -> Result<(Arc<Binder>, Receiver<Arc<Segment>>)> {
+    journal: &Arc<Journal>,
+) -> Result<(Arc<Binder>, Arc<Evictor>, Receiver<Arc<Segment>>)> {
     let (to_sealer, completed) = crossbeam_channel::bounded(COMPLETED_QUEUE);
     let store = SegmentStore::open(&config.cache_dir, to_sealer)?;
-    let binder = Binder::open(&config.cache_dir, store, Arc::clone(routes), None)?;
-    Ok((Arc::new(binder), completed))
+    store.space().set_quota(config.cache_quota_bytes);
+    let binder = Arc::new(Binder::open(&config.cache_dir, store, Arc::clone(routes), None)?);
+    let evictor = Evictor::new(&binder, journal);
+    Ok((binder, evictor, completed))
 }

@@ -9,6 +9,7 @@ pub mod crew;
 pub mod cull;
 mod doors;
 pub mod entry;
+mod evictor;
 pub mod http;
 mod log;
 mod mount_wish;

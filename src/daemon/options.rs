@@ -141,6 +141,7 @@ impl Raw {
         let config = Config {
             door: DoorChoice::Cachefiles,
             cache_dir: PathBuf::from(STATE_DIR_DEFAULT),
+            cache_quota_bytes: 0,
             fscache_dir,
             fscache_tag: self.fscache_tag,
             api_socket: self.apisock,

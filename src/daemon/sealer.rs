@@ -11,9 +11,11 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 
+use super::evictor::Evictor;
 use crate::blob::journal::{Journal, Level};
 use crate::config::{
     AWAKE_IDLE_NS, DOZE_INTERVAL_MS, SEAL_BATCH, SEAL_DELAY_MS, SEAL_FILES_SYNCED_ONE_BY_ONE,
+    SPACE_COUNT_INTERVAL_MS,
 };
 use crate::error::{Error, Result};
 use crate::store::segment::Segment;
@@ -27,7 +29,10 @@ pub struct Sealer {
 
 struct Sealing {
     binder: Arc<Binder>,
+    evictor: Arc<Evictor>,
     journal: Arc<Journal>,
+    /// When the bytes were counted.
+    counted: Option<Instant>,
     /// Complete and ignored, not yet on record.
     batch: Vec<Arc<Segment>>,
     /// When the first of them came.
@@ -42,14 +47,20 @@ impl Sealer {
     /// What the system says.
     pub fn start(
         binder: &Arc<Binder>,
+        evictor: &Arc<Evictor>,
         journal: &Arc<Journal>,
         completed: Receiver<Arc<Segment>>,
         tick: Box<dyn Fn() + Send>,
     ) -> Result<Sealer> {
         let (stop, stopped) = crossbeam_channel::bounded(1);
-        let (binder, journal) = (Arc::clone(binder), Arc::clone(journal));
-        let batch = Vec::with_capacity(SEAL_BATCH);
-        let mut sealing = Sealing { binder, journal, batch, since: Instant::now() };
+        let mut sealing = Sealing {
+            binder: Arc::clone(binder),
+            evictor: Arc::clone(evictor),
+            journal: Arc::clone(journal),
+            counted: None,
+            batch: Vec::with_capacity(SEAL_BATCH),
+            since: Instant::now(),
+        };
         let thread = std::thread::Builder::new().name("sealer".into());
         let thread = thread
             .spawn(move || sealing.run(&completed, &stopped, &tick))
@@ -78,6 +89,7 @@ impl Sealing {
             if is_due || self.batch.len() >= SEAL_BATCH {
                 self.seal();
             }
+            self.keep_quota();
             if looked.elapsed() >= Duration::from_millis(DOZE_INTERVAL_MS) {
                 looked = Instant::now();
                 self.doze();
@@ -125,6 +137,20 @@ impl Sealing {
                 "{count} complete segments are not on record and will be fetched again after a \
                  power cut: {error}"
             ));
+        }
+    }
+
+    fn keep_quota(&mut self) {
+        let interval = Duration::from_millis(SPACE_COUNT_INTERVAL_MS);
+        if self.counted.is_none_or(|counted| counted.elapsed() >= interval) {
+            self.counted = Some(Instant::now());
+            if let Err(error) = self.evictor.count() {
+                self.journal.error(format!("cannot count the cache's bytes: {error}"));
+            }
+            self.evictor.keep_quota();
+        }
+        if self.binder.bindings().store().space().take_shortage() {
+            self.evictor.keep_quota();
         }
     }
 

@@ -64,7 +64,7 @@ fn serve(config: &Config, journal: &Arc<Journal>, signals: &SigSet) -> Result<()
     let watch = doors
         .fanotify
         .as_ref()
-        .map(|(binder, _)| (Arc::clone(binder.group()), Arc::clone(binder.bindings())));
+        .map(|(binder, ..)| (Arc::clone(binder.group()), Arc::clone(binder.bindings())));
     let parts = WorkerParts {
         cpus: config.cores.clone(),
         device: doors.cachefiles.as_ref().map(|(device, _)| Arc::clone(device)),
@@ -75,6 +75,7 @@ fn serve(config: &Config, journal: &Arc<Journal>, signals: &SigSet) -> Result<()
         counters: Counters::new(config.cores.len()),
         routes,
         fault_deadline_ms: config.fault_deadline_ms,
+        make_room: doors.make_room(),
     };
     let workers = Workers::start(&parts)?;
     let control = control_plane(config, &parts, &workers, &doors);
@@ -94,14 +95,14 @@ fn run_until_told(
 ) -> Result<()> {
     let control = Arc::new(control);
     let journal = Arc::clone(&control.journal);
-    let sealer = doors.fanotify.map(|(binder, completed)| {
+    let sealer = doors.fanotify.map(|(binder, evictor, completed)| {
         let looker = Arc::downgrade(&control);
         let tick = move || {
             if let Some(control) = looker.upgrade() {
                 control.look_after_mounts();
             }
         };
-        Sealer::start(&binder, &journal, completed, Box::new(tick))
+        Sealer::start(&binder, &evictor, &journal, completed, Box::new(tick))
     });
     let sealer = sealer.transpose()?;
     let server = begin(config, &control, socket)?;
@@ -183,7 +184,7 @@ fn control_plane(
         ..Hooks::idle()
     };
     let supervisor = config.supervisor.as_ref().map(|path| path.display().to_string());
-    let binder = doors.fanotify.as_ref().map(|(binder, _)| Arc::clone(binder));
+    let binder = doors.fanotify.as_ref().map(|(binder, ..)| Arc::clone(binder));
     let has_cachefiles = doors.cachefiles.is_some();
     Ok(ControlPlane {
         catalog: Arc::clone(&parts.catalog),

@@ -13,7 +13,7 @@ use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
 
 use crate::blob::catalog::Catalog;
-use crate::blob::crew::{Crew, CrewParts, Mail};
+use crate::blob::crew::{Crew, CrewParts, Mail, MakeRoom};
 use crate::blob::journal::Journal;
 use crate::blob::statistics::{Counters, SnapshotRequest};
 use crate::config::{
@@ -55,6 +55,8 @@ pub struct WorkerParts {
     pub routes: Arc<Shared>,
     /// A read is answered within this time.
     pub fault_deadline_ms: u64,
+    /// What a core asks when the disk is full.
+    pub make_room: MakeRoom,
 }
 
 /// The running workers.
@@ -190,6 +192,7 @@ fn work(
         catalog: Arc::clone(&parts.catalog),
         cores: to.mail,
         fault_deadline_ns: parts.fault_deadline_ms * MILLISECOND_NS,
+        make_room: Arc::clone(&parts.make_room),
     };
     let crew = Crew::new(&core, crew_parts);
     let is_over = Rc::new(Cell::new(false));

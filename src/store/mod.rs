@@ -2,7 +2,8 @@
 //!
 //! Behind the cachefiles door the kernel owns the files: `object.rs` is one of them, `ledger.rs`
 //! and `record.rs` know what they may hold. Behind the fanotify door they are ours: `segment.rs` is
-//! one, `segments.rs` all of them, `completion.rs` the record of what is complete on the disk.
+//! one, `segments.rs` all of them, `completion.rs` the record of what is complete on the disk,
+//! `space.rs` how many bytes there may be and what has to go.
 
 pub mod completion;
 pub mod ledger;
@@ -10,6 +11,7 @@ pub mod object;
 pub mod record;
 pub mod segment;
 pub mod segments;
+pub mod space;
 
 #[cfg(test)]
 mod ledger_tests;

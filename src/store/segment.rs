@@ -14,7 +14,7 @@ use std::fs::File;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::fcntl::{OFlag, openat};
@@ -43,6 +43,8 @@ pub struct Segment {
     size: AtomicU64,
     /// 0, the filling core's number + 1, or 255 for eviction.
     owner: AtomicU8,
+    /// Somebody has read it since the last look. Only noticed while eviction listens.
+    is_read: AtomicBool,
     /// Open while somebody fills.
     writer: Mutex<Option<File>>,
 }
@@ -74,6 +76,7 @@ impl Segment {
             full_size,
             size: AtomicU64::new(0),
             owner: AtomicU8::new(NOBODY),
+            is_read: AtomicBool::new(false),
             writer: Mutex::new(None),
         };
         let metadata = segment.open_file(OFlag::O_CREAT)?.metadata();
@@ -112,6 +115,16 @@ impl Segment {
         }
     }
 
+    /// Somebody reads it.
+    pub fn note_read(&self) {
+        self.is_read.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether somebody has read it since the last look.
+    pub fn take_read(&self) -> bool {
+        self.is_read.swap(false, Ordering::Relaxed)
+    }
+
     /// Takes the right to fill for a core. False when somebody has it.
     pub fn claim(&self, core: CoreId) -> bool {
         self.take(core.0 + 1)
@@ -144,7 +157,8 @@ impl Segment {
     pub fn publish(&self, core: CoreId, end: u64) {
         assert!(self.is_owned_by(core), "only the owner publishes");
         assert!(end >= self.size() && end <= self.full_size, "a segment only grows");
-        self.size.store(end, Ordering::Release);
+        let before = self.size.swap(end, Ordering::Release);
+        self.directory.space().grow(end - before);
     }
 
     /// Somebody else made the file shorter than we know it: believe the file.
@@ -162,7 +176,8 @@ impl Segment {
     /// What the disk says; the segment counts as empty all the same.
     pub fn empty(&self) -> Result<()> {
         assert_eq!(self.owner(), Owner::Eviction, "claimed before it is emptied");
-        self.size.store(0, Ordering::Release);
+        let before = self.size.swap(0, Ordering::Release);
+        self.directory.space().shrink(before);
         let emptied = self
             .open_file(OFlag::empty())
             .and_then(|file| file.set_len(0).map_err(|error| self.failed(&error)));

@@ -17,13 +17,13 @@ use std::io::{ErrorKind, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use crossbeam_channel::Sender;
 
 use super::completion::{self, Completions};
 use super::segment::Segment;
+use super::space::Space;
 use crate::config::COMPLETION_LOG_MAX_BYTES;
 use crate::error::{Error, Result};
 
@@ -40,6 +40,20 @@ pub struct SegmentStore {
     boot_id: String,
     directories: Mutex<HashMap<Box<str>, Weak<BlobDirectory>>>,
     completed: Sender<Arc<Segment>>,
+    space: Arc<Space>,
+}
+
+/// What one blob takes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BlobUsage {
+    /// The blob.
+    pub blob_id: String,
+    /// Bytes of its segments.
+    pub bytes: u64,
+    /// When an image with it was last mounted or unmounted.
+    pub last_used: std::time::SystemTime,
+    /// Whether a bound image has it, or somebody fetches it.
+    pub is_open: bool,
 }
 
 /// The segments of one blob.
@@ -49,10 +63,10 @@ pub struct BlobDirectory {
     path: PathBuf,
     directory: OwnedFd,
     segments: Mutex<HashMap<Box<str>, Weak<Segment>>>,
-    completions: Mutex<Completions>,
+    /// Read when somebody needs it; a node knows a thousand blobs.
+    completions: Mutex<Option<Completions>>,
     completed: Sender<Arc<Segment>>,
-    /// When its segments were last asked for, in seconds since 1970.
-    last_used_s: AtomicU64,
+    space: Arc<Space>,
 }
 
 impl SegmentStore {
@@ -67,7 +81,8 @@ impl SegmentStore {
         let boot_id = std::fs::read_to_string(BOOT_ID)
             .map_err(|error| Error::io(&error, format!("{BOOT_ID} tells boots apart")))?;
         let boot_id = boot_id.trim().to_owned();
-        Ok(Arc::new(SegmentStore { root, boot_id, directories: Mutex::default(), completed }))
+        let (directories, space) = (Mutex::default(), Arc::default());
+        Ok(Arc::new(SegmentStore { root, boot_id, directories, completed, space }))
     }
 
     /// The same after another boot, for tests.
@@ -78,7 +93,13 @@ impl SegmentStore {
             boot_id: boot_id.to_owned(),
             directories: Mutex::default(),
             completed: self.completed.clone(),
+            space: Arc::default(),
         })
+    }
+
+    /// How many bytes there are.
+    pub fn space(&self) -> &Arc<Space> {
+        &self.space
     }
 
     /// Where all blobs' directories lie.
@@ -94,13 +115,60 @@ impl SegmentStore {
         // Held while a directory is swept: two sweeps of one would be in each other's way.
         let mut directories = self.lock();
         if let Some(known) = directories.get(blob_id).and_then(Weak::upgrade) {
-            known.touch();
             return Ok(known);
         }
         let opened = Arc::new(BlobDirectory::open(self, blob_id)?);
         directories.retain(|_, directory| directory.strong_count() > 0);
         directories.insert(blob_id.into(), Arc::downgrade(&opened));
         Ok(opened)
+    }
+
+    /// A blob's directory, if somebody has it open.
+    pub fn find(&self, blob_id: &str) -> Option<Arc<BlobDirectory>> {
+        self.lock().get(blob_id).and_then(Weak::upgrade)
+    }
+
+    /// All blobs on the disk: bytes, and when an image with the blob was last mounted or unmounted.
+    ///
+    /// # Errors
+    /// What the disk says.
+    pub fn usage(&self) -> Result<Vec<BlobUsage>> {
+        let mut usage = Vec::new();
+        for entry in std::fs::read_dir(&self.root).map_err(|error| failed(&self.root, &error))? {
+            let entry = entry.map_err(|error| failed(&self.root, &error))?;
+            let Ok(blob_id) = entry.file_name().into_string() else { continue };
+            // One that goes meanwhile has no bytes.
+            let bytes = directory_bytes(&entry.path()).unwrap_or(0);
+            let used = std::fs::metadata(entry.path().join(BOOT)).and_then(|boot| boot.modified());
+            let last_used = used.unwrap_or(std::time::UNIX_EPOCH);
+            let is_open = self.find(&blob_id).is_some();
+            usage.push(BlobUsage { blob_id, bytes, last_used, is_open });
+        }
+        Ok(usage)
+    }
+
+    /// Removes all of a blob, unless somebody has it open. Gives the bytes.
+    ///
+    /// # Errors
+    /// What the disk says; `Busy` if it is open.
+    pub fn remove(&self, blob_id: &str) -> Result<u64> {
+        // Nobody opens it while it goes.
+        let directories = self.lock();
+        if directories.get(blob_id).is_some_and(|known| known.strong_count() > 0) {
+            return Err(Error::Busy(format!("blob {blob_id} is in use")));
+        }
+        let path = self.root.join(blob_id);
+        let bytes = directory_bytes(&path).map_err(|error| failed(&path, &error))?;
+        // The record first: a segment that is there without it is emptied after another boot, one
+        // that is on record and torn would be believed.
+        match std::fs::remove_file(path.join(COMPLETIONS)) {
+            Err(error) if error.kind() != ErrorKind::NotFound => return Err(failed(&path, &error)),
+            _ => {}
+        }
+        let synced = File::open(&path).and_then(|directory| directory.sync_all());
+        synced.and_then(|()| std::fs::remove_dir_all(&path)).map_err(|e| failed(&path, &e))?;
+        self.space.shrink(bytes);
+        Ok(bytes)
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<Box<str>, Weak<BlobDirectory>>> {
@@ -114,23 +182,15 @@ impl BlobDirectory {
         make_directory(&path)?;
         let failed = |error: std::io::Error| failed(&path, &error);
         let directory = File::open(&path).map_err(failed)?.into();
-        let log = read_bounded(&path.join(COMPLETIONS))?;
-        let completions = Completions::parse(&log);
-        if log.len() as u64 != completions.log_size() {
-            // A torn end: later entries must not stand behind it.
-            let file = OpenOptions::new().write(true).open(path.join(COMPLETIONS));
-            file.and_then(|file| file.set_len(completions.log_size())).map_err(failed)?;
-        }
         let opened = BlobDirectory {
             blob_id: blob_id.into(),
             directory,
             segments: Mutex::default(),
-            completions: Mutex::new(completions),
+            completions: Mutex::default(),
             completed: store.completed.clone(),
-            last_used_s: AtomicU64::new(0),
+            space: Arc::clone(&store.space),
             path: path.clone(),
         };
-        opened.touch();
         let believed_in = std::fs::read_to_string(path.join(BOOT)).unwrap_or_default();
         if believed_in != store.boot_id {
             opened.sweep()?;
@@ -142,7 +202,8 @@ impl BlobDirectory {
     /// Empties every segment that is not known to be complete on the disk.
     fn sweep(&self) -> Result<()> {
         let failed = |error: std::io::Error| failed(&self.path, &error);
-        let completions = lock(&self.completions);
+        let mut completions = lock(&self.completions);
+        let completions = self.load(&mut completions)?;
         for entry in std::fs::read_dir(&self.path).map_err(failed)? {
             let entry = entry.map_err(failed)?;
             let name = entry.file_name();
@@ -190,10 +251,24 @@ impl BlobDirectory {
         Ok(opened)
     }
 
-    /// Forgets segments that nobody holds any more. The directory of a blob that many images used
-    /// one after the other would remember all their names.
+    /// Forgets segments that nobody holds any more, and the completions, which can be read again.
     pub fn tidy(&self) {
-        lock(&self.segments).retain(|_, segment| segment.strong_count() > 0);
+        let mut segments = lock(&self.segments);
+        segments.retain(|_, segment| segment.strong_count() > 0);
+        segments.shrink_to_fit();
+        *lock(&self.completions) = None;
+    }
+
+    /// Notes that an image with the blob has been mounted or unmounted.
+    pub fn touch(&self) {
+        // Only the order of eviction is lost.
+        let boot = OpenOptions::new().append(true).open(self.path.join(BOOT));
+        let _ = boot.and_then(|boot| boot.set_modified(std::time::SystemTime::now()));
+    }
+
+    /// What is known of the space.
+    pub fn space(&self) -> &Space {
+        &self.space
     }
 
     /// A segment has become complete: whoever looks after such is told.
@@ -204,7 +279,8 @@ impl BlobDirectory {
 
     /// Whether a segment is known to be complete on the disk.
     pub fn is_recorded(&self, name: &str, size: u64) -> bool {
-        lock(&self.completions).size_of(name) == Some(size)
+        let mut completions = lock(&self.completions);
+        self.load(&mut completions).is_ok_and(|known| known.size_of(name) == Some(size))
     }
 
     /// Writes down that segments are complete, durably. Their bytes must have been synced.
@@ -213,6 +289,7 @@ impl BlobDirectory {
     /// What the disk says; nothing is believed then.
     pub fn record<'a>(&self, segments: impl Iterator<Item = (&'a str, u64)>) -> Result<()> {
         let mut completions = lock(&self.completions);
+        let completions = self.load(&mut completions)?;
         let entries: Vec<_> = segments.collect();
         let path = self.path.join(COMPLETIONS);
         let bytes: Vec<u8> =
@@ -228,7 +305,7 @@ impl BlobDirectory {
         appended.map_err(|error| failed(&path, &error))?;
         entries.into_iter().for_each(|(name, size)| completions.apply(name, size));
         match completions.compacted() {
-            Some(log) => self.rewrite(&mut completions, &log),
+            Some(log) => self.rewrite(completions, &log),
             None => Ok(()),
         }
     }
@@ -239,7 +316,8 @@ impl BlobDirectory {
     /// What the disk says; they must not be emptied then.
     pub fn unrecord<'a>(&self, names: impl Iterator<Item = &'a str>) -> Result<()> {
         let known: Vec<&str> = {
-            let completions = lock(&self.completions);
+            let mut completions = lock(&self.completions);
+            let completions = self.load(&mut completions)?;
             names.filter(|name| completions.size_of(name).is_some()).collect()
         };
         if known.is_empty() { Ok(()) } else { self.record(known.into_iter().map(|name| (name, 0))) }
@@ -261,16 +339,27 @@ impl BlobDirectory {
         Ok(())
     }
 
-    /// When its segments were last asked for, in seconds since 1970.
-    pub fn last_used_s(&self) -> u64 {
-        self.last_used_s.load(Ordering::Relaxed)
+    /// The completions, read from the log if nobody has yet.
+    fn load<'a>(&self, completions: &'a mut Option<Completions>) -> Result<&'a mut Completions> {
+        if completions.is_none() {
+            let path = self.path.join(COMPLETIONS);
+            let log = read_bounded(&path)?;
+            let known = Completions::parse(&log);
+            if log.len() as u64 != known.log_size() {
+                // A torn end: later entries must not stand behind it.
+                let file = OpenOptions::new().write(true).open(&path);
+                let cut = file.and_then(|file| file.set_len(known.log_size()));
+                cut.map_err(|error| failed(&path, &error))?;
+            }
+            *completions = Some(known);
+        }
+        Ok(completions.as_mut().expect("read above"))
     }
+}
 
-    /// Its segments are being asked for.
-    pub fn touch(&self) {
-        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-        self.last_used_s.store(now.unwrap_or_default().as_secs(), Ordering::Relaxed);
-    }
+/// Bytes of the files of a directory.
+fn directory_bytes(path: &Path) -> std::io::Result<u64> {
+    std::fs::read_dir(path)?.try_fold(0, |sum, entry| Ok(sum + entry?.metadata()?.size()))
 }
 
 /// A whole file of bounded size; empty when it is not there.

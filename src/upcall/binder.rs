@@ -28,7 +28,7 @@ use crate::image::Segmentation;
 use crate::image::view::KernelView;
 use crate::registry::route::Shared;
 use crate::store::segment::Segment;
-use crate::store::segments::SegmentStore;
+use crate::store::segments::{BlobDirectory, SegmentStore};
 
 /// The door's side of a cache directory. Shared by `Arc`.
 pub struct Binder {
@@ -44,6 +44,8 @@ struct Prepared {
     metadata: PathBuf,
     /// Segments by blob and name, in the order of the device table.
     devices: Vec<String>,
+    /// Of the image's blobs.
+    directories: Vec<Arc<BlobDirectory>>,
 }
 
 impl Binder {
@@ -92,7 +94,7 @@ impl Binder {
         let prepared = self.prepare(image)?;
         let was_bound = self.bindings.of_image(image).is_some();
         if !was_bound {
-            self.bindings.bind(image);
+            self.bindings.bind(image, prepared.directories.clone());
         }
         let mounted = self.attach(&prepared, mountpoint, peer);
         if mounted.is_err() && !was_bound {
@@ -106,9 +108,9 @@ impl Binder {
     /// # Errors
     /// What the disk says.
     pub fn rebind(&self, image: &Arc<Image>) -> Result<()> {
-        self.prepare(image)?;
+        let prepared = self.prepare(image)?;
         if self.bindings.of_image(image).is_none() {
-            self.bindings.bind(image);
+            self.bindings.bind(image, prepared.directories);
         }
         Ok(())
     }
@@ -156,8 +158,11 @@ impl Binder {
             }
             devices.push(format!("{}/{}", directory.blob_id(), segment.name()));
         }
-        directories.iter().for_each(|directory| directory.tidy());
-        Ok(Prepared { metadata, devices })
+        for directory in &directories {
+            directory.touch();
+            directory.tidy();
+        }
+        Ok(Prepared { metadata, devices, directories })
     }
 
     /// A segment that is complete: no events any more, and a record if it has none.

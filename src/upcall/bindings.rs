@@ -19,7 +19,8 @@ use crate::error::{Error, Result};
 use crate::image::Segmentation;
 use crate::image::layout::Layout;
 use crate::registry::route::Shared;
-use crate::store::segments::SegmentStore;
+use crate::store::segment::Segment;
+use crate::store::segments::{BlobDirectory, SegmentStore};
 
 /// All bound images. Shared by `Arc` with the cores.
 pub struct Bindings {
@@ -44,6 +45,8 @@ pub struct Holder {
 pub struct Bound {
     /// The image.
     pub image: Arc<Image>,
+    /// Its blobs' directories: nobody evicts a blob whose directory is open.
+    directories: Vec<Arc<BlobDirectory>>,
     /// By blob index; absent while the blob sleeps.
     awake: Box<[Mutex<Option<Arc<OpenBlob>>>]>,
     /// By blob index: whether somebody wakes it.
@@ -97,11 +100,12 @@ impl Bindings {
         self.is_restored.store(true, Ordering::Release);
     }
 
-    /// Binds an image: its segments are filled on demand from now on.
-    pub fn bind(&self, image: &Arc<Image>) -> Arc<Bound> {
+    /// Binds an image with its blobs' directories: its segments are filled on demand from now on.
+    pub fn bind(&self, image: &Arc<Image>, directories: Vec<Arc<BlobDirectory>>) -> Arc<Bound> {
         let count = image.blobs.len();
         let bound = Arc::new(Bound {
             image: Arc::clone(image),
+            directories,
             awake: (0..count).map(|_| Mutex::default()).collect(),
             is_waking: (0..count).map(|_| AtomicBool::new(false)).collect(),
             last_event_ns: AtomicU64::new(0),
@@ -121,6 +125,7 @@ impl Bindings {
         for blob in &image.blobs {
             let Some(holders) = table.get_mut(blob.id.as_str()) else { continue };
             for holder in holders.iter().filter(|holder| Arc::ptr_eq(&holder.bound.image, image)) {
+                holder.bound.directories.iter().for_each(|directory| directory.touch());
                 holder.bound.sleep();
             }
             holders.retain(|holder| !Arc::ptr_eq(&holder.bound.image, image));
@@ -145,9 +150,24 @@ impl Bindings {
         table.get(blob_id)?.get(place).cloned()
     }
 
-    /// Whether a bound image has a blob.
-    pub fn uses(&self, blob_id: &str) -> bool {
-        self.table.read().unwrap_or_else(PoisonError::into_inner).contains_key(blob_id)
+    /// The complete segments of bound images, those of the longest idle images first.
+    pub fn complete_segments(&self) -> Vec<Arc<Segment>> {
+        let mut holders: Vec<Holder> = {
+            let table = self.table.read().unwrap_or_else(PoisonError::into_inner);
+            table.values().flatten().cloned().collect()
+        };
+        holders.sort_by_key(|holder| holder.bound.last_event_ns.load(Ordering::Relaxed));
+        let mut segments: Vec<Arc<Segment>> = Vec::new();
+        for holder in holders {
+            // Its plan says the names; what cannot be read is left alone.
+            let blob = holder.awake().map_or_else(|| holder.wake(self), Ok);
+            if let Some(Cache::Segments(own)) = blob.as_ref().ok().map(|blob| &blob.cache) {
+                segments.extend(own.files().iter().filter(|file| file.is_complete()).cloned());
+            }
+        }
+        let mut seen = std::collections::HashSet::new();
+        segments.retain(|segment| seen.insert(Arc::as_ptr(segment)));
+        segments
     }
 
     /// Puts images to sleep that served no event since `before_ns`. Gives how many blobs went.

@@ -146,6 +146,10 @@ impl Watch {
 
     /// Answers at once when the file reaches over the range.
     fn answer_if_there(&self, job: &EventJob) -> bool {
+        if self.parts.bindings.store().space().is_evicting() {
+            // The file may be emptied any moment: its owner is asked.
+            return false;
+        }
         let is_there = sys::file_size(job.file).is_ok_and(|size| job.range.end <= size);
         if is_there {
             self.answer(job, Answer::Allow);
@@ -311,6 +315,7 @@ fn place_of(blob: &OpenBlob, name: &SegmentName<'_>, job: &EventJob) -> Option<R
     if file.name() != name.name {
         return None;
     }
+    file.note_read();
     // Read before the file's own, which may grow meanwhile.
     let known = file.size();
     match sys::file_size(job.file) {

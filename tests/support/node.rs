@@ -65,6 +65,7 @@ impl Node {
             counters: Counters::new(cpus.len()),
             routes: Shared::at(None, Path::new("/nonexistent")),
             fault_deadline_ms: options.deadline_ms,
+            make_room: Arc::new(|_| 0),
             cpus,
         };
         let workers = Workers::start(&parts).expect("workers start");
