@@ -37,6 +37,8 @@ pub const AWAKE_IDLE_NS: u64 = 300 * SECOND_NS;
 pub const EVICTION_LISTEN_MS: u64 = 1_000;
 /// Readers that were let in before a segment was claimed are done after so long.
 pub const EVICTION_GRACE_MS: u64 = 1_000;
+/// The pause between two attempts to keep the quota.
+pub const EVICTION_PAUSE_MS: u64 = 2_000;
 /// Segments of mounted images that are decided on together.
 pub const EVICTION_BATCH: usize = 4 * KIB;
 /// How often a reader looks whether bytes that are being taken away are gone.

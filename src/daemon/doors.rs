@@ -23,8 +23,18 @@ use crate::upcall::device::{DEVICE_PATH, Device};
 pub struct Doors {
     /// /dev/cachefiles, and the directory it is bound to.
     pub cachefiles: Option<(Arc<Device>, PathBuf)>,
-    /// The fanotify door, what keeps its quota, and where complete segments come out.
-    pub fanotify: Option<(Arc<Binder>, Arc<Evictor>, Receiver<Arc<Segment>>)>,
+    /// The fanotify door.
+    pub fanotify: Option<FanotifyDoor>,
+}
+
+/// The fanotify door with its housekeeping.
+pub struct FanotifyDoor {
+    /// Binds and mounts.
+    pub binder: Arc<Binder>,
+    /// Keeps the quota.
+    pub evictor: Arc<Evictor>,
+    /// Where complete segments come out.
+    pub completed: Receiver<Arc<Segment>>,
 }
 
 impl Doors {
@@ -62,8 +72,8 @@ impl Doors {
     /// What a core asks when the disk is full.
     pub fn make_room(&self) -> MakeRoom {
         match &self.fanotify {
-            Some((_, evictor, _)) => {
-                let evictor = Arc::clone(evictor);
+            Some(door) => {
+                let evictor = Arc::clone(&door.evictor);
                 Arc::new(move |wanted| evictor.make_room(wanted))
             }
             None => Arc::new(|_| 0),
@@ -109,11 +119,11 @@ fn open_fanotify(
     config: &Config,
     routes: &Arc<Shared>,
     journal: &Arc<Journal>,
-) -> Result<(Arc<Binder>, Arc<Evictor>, Receiver<Arc<Segment>>)> {
+) -> Result<FanotifyDoor> {
     let (to_sealer, completed) = crossbeam_channel::bounded(COMPLETED_QUEUE);
     let store = SegmentStore::open(&config.cache_dir, to_sealer)?;
     store.space().set_quota(config.cache_quota_bytes);
     let binder = Arc::new(Binder::open(&config.cache_dir, store, Arc::clone(routes), None)?);
     let evictor = Evictor::new(&binder, journal);
-    Ok((binder, evictor, completed))
+    Ok(FanotifyDoor { binder, evictor, completed })
 }

@@ -125,6 +125,8 @@ impl Evictor {
         for segment in unread {
             let is_wanted = bytes < wanted && segment.claim_for_eviction();
             if is_wanted {
+                // Somebody may have let it pass between the first time and the claim.
+                self.heed(segment);
                 bytes += segment.size();
                 claimed.push(segment);
             } else {
@@ -169,8 +171,7 @@ impl Evictor {
     }
 
     fn ignore(&self, segment: &Segment) {
-        let group = self.binder.group();
-        if let Err(error) = group.ignore(segment.directory.fd(), segment.name()) {
+        if let Err(error) = self.binder.let_pass(segment) {
             self.journal.error(error.to_string());
         }
     }

@@ -11,11 +11,12 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 
+use super::doors::FanotifyDoor;
 use super::evictor::Evictor;
 use crate::blob::journal::{Journal, Level};
 use crate::config::{
-    AWAKE_IDLE_NS, DOZE_INTERVAL_MS, SEAL_BATCH, SEAL_DELAY_MS, SEAL_FILES_SYNCED_ONE_BY_ONE,
-    SPACE_COUNT_INTERVAL_MS,
+    AWAKE_IDLE_NS, DOZE_INTERVAL_MS, EVICTION_PAUSE_MS, SEAL_BATCH, SEAL_DELAY_MS,
+    SEAL_FILES_SYNCED_ONE_BY_ONE, SPACE_COUNT_INTERVAL_MS,
 };
 use crate::error::{Error, Result};
 use crate::store::segment::Segment;
@@ -33,6 +34,8 @@ struct Sealing {
     journal: Arc<Journal>,
     /// When the bytes were counted.
     counted: Option<Instant>,
+    /// When the quota was last enforced: bytes that everybody reads are not fought for.
+    evicted: Option<Instant>,
     /// Complete and ignored, not yet on record.
     batch: Vec<Arc<Segment>>,
     /// When the first of them came.
@@ -40,24 +43,23 @@ struct Sealing {
 }
 
 impl Sealer {
-    /// Starts the thread; `completed` is where the store sends complete segments, `tick` is called
-    /// from time to time.
+    /// Starts the thread; `tick` is called from time to time.
     ///
     /// # Errors
     /// What the system says.
     pub fn start(
-        binder: &Arc<Binder>,
-        evictor: &Arc<Evictor>,
+        door: FanotifyDoor,
         journal: &Arc<Journal>,
-        completed: Receiver<Arc<Segment>>,
         tick: Box<dyn Fn() + Send>,
     ) -> Result<Sealer> {
         let (stop, stopped) = crossbeam_channel::bounded(1);
+        let completed = door.completed;
         let mut sealing = Sealing {
-            binder: Arc::clone(binder),
-            evictor: Arc::clone(evictor),
+            binder: door.binder,
+            evictor: door.evictor,
             journal: Arc::clone(journal),
             counted: None,
+            evicted: None,
             batch: Vec::with_capacity(SEAL_BATCH),
             since: Instant::now(),
         };
@@ -104,9 +106,7 @@ impl Sealing {
     }
 
     fn take(&mut self, segment: Arc<Segment>) {
-        let ignored = self.binder.group().ignore(segment.directory.fd(), segment.name());
-        if let Err(error) = ignored {
-            // It goes on to raise events that are answered at once: slower, not wrong.
+        if let Err(error) = self.binder.let_pass(&segment) {
             self.journal.error(format!("{}: {error}", segment.path().display()));
         }
         if self.batch.is_empty() {
@@ -147,10 +147,20 @@ impl Sealing {
             if let Err(error) = self.evictor.count() {
                 self.journal.error(format!("cannot count the cache's bytes: {error}"));
             }
-            self.evictor.keep_quota();
+            self.binder.bindings().store().space().report_shortage();
         }
-        if self.binder.bindings().store().space().take_shortage() {
+        let pause = Duration::from_millis(EVICTION_PAUSE_MS);
+        let may_evict = self.evicted.is_none_or(|evicted| evicted.elapsed() >= pause);
+        let space = self.binder.bindings().store().space();
+        if may_evict && space.take_shortage() && space.excess() > 0 {
+            // What waits to be sealed counts as in use.
+            self.seal();
             self.evictor.keep_quota();
+            self.evicted = Some(Instant::now());
+            if self.binder.bindings().store().space().excess() > 0 {
+                // What is in use now may not be later.
+                self.binder.bindings().store().space().report_shortage();
+            }
         }
     }
 

@@ -64,7 +64,7 @@ fn serve(config: &Config, journal: &Arc<Journal>, signals: &SigSet) -> Result<()
     let watch = doors
         .fanotify
         .as_ref()
-        .map(|(binder, ..)| (Arc::clone(binder.group()), Arc::clone(binder.bindings())));
+        .map(|door| (Arc::clone(door.binder.group()), Arc::clone(door.binder.bindings())));
     let parts = WorkerParts {
         cpus: config.cores.clone(),
         device: doors.cachefiles.as_ref().map(|(device, _)| Arc::clone(device)),
@@ -95,14 +95,14 @@ fn run_until_told(
 ) -> Result<()> {
     let control = Arc::new(control);
     let journal = Arc::clone(&control.journal);
-    let sealer = doors.fanotify.map(|(binder, evictor, completed)| {
+    let sealer = doors.fanotify.map(|door| {
         let looker = Arc::downgrade(&control);
         let tick = move || {
             if let Some(control) = looker.upgrade() {
                 control.look_after_mounts();
             }
         };
-        Sealer::start(&binder, &evictor, &journal, completed, Box::new(tick))
+        Sealer::start(door, &journal, Box::new(tick))
     });
     let sealer = sealer.transpose()?;
     let server = begin(config, &control, socket)?;
@@ -184,7 +184,7 @@ fn control_plane(
         ..Hooks::idle()
     };
     let supervisor = config.supervisor.as_ref().map(|path| path.display().to_string());
-    let binder = doors.fanotify.as_ref().map(|(binder, ..)| Arc::clone(binder));
+    let binder = doors.fanotify.as_ref().map(|door| Arc::clone(&door.binder));
     let has_cachefiles = doors.cachefiles.is_some();
     Ok(ControlPlane {
         catalog: Arc::clone(&parts.catalog),

@@ -27,7 +27,7 @@ use crate::error::{Error, Result};
 use crate::image::Segmentation;
 use crate::image::view::KernelView;
 use crate::registry::route::Shared;
-use crate::store::segment::Segment;
+use crate::store::segment::{Owner, Segment};
 use crate::store::segments::{BlobDirectory, SegmentStore};
 
 /// The door's side of a cache directory. Shared by `Arc`.
@@ -165,9 +165,26 @@ impl Binder {
         Ok(Prepared { metadata, devices, directories })
     }
 
+    /// Lets the kernel read a complete segment without asking; one that is being emptied, or has
+    /// been, is heard of as before.
+    ///
+    /// # Errors
+    /// What the kernel says: it goes on to raise events that are answered at once.
+    pub fn let_pass(&self, segment: &Segment) -> Result<()> {
+        if !segment.is_complete() {
+            return Ok(());
+        }
+        self.group.ignore(segment.directory.fd(), segment.name())?;
+        // Eviction heeds a segment once more after it has claimed it: one of us is the last.
+        match segment.is_complete() && segment.owner() != Owner::Eviction {
+            true => Ok(()),
+            false => self.group.unignore(segment.directory.fd(), segment.name()),
+        }
+    }
+
     /// A segment that is complete: no events any more, and a record if it has none.
     fn welcome(&self, segment: &Arc<Segment>) -> Result<()> {
-        self.group.ignore(segment.directory.fd(), segment.name())?;
+        self.let_pass(segment)?;
         if !segment.directory.is_recorded(segment.name(), segment.full_size) {
             segment.directory.has_completed(segment);
         }
