@@ -138,6 +138,10 @@ pub enum Call {
     Stat,
     /// All images.
     Images,
+    /// Bytes by blob, and who uses them.
+    Cache,
+    /// Give back what nobody uses.
+    CollectGarbage,
 }
 
 impl Call {
@@ -155,6 +159,9 @@ impl Call {
                 | Configure { .. }
                 | Mount { .. }
                 | Unmount { .. }
+                | Images
+                | Cache
+                | CollectGarbage
         )
     }
 }
@@ -199,6 +206,8 @@ pub fn route(request: &Request) -> Result<Call, Response> {
         "/api/v2/blobs" => blobs(request, &target),
         "/api/sluice/v1/mounts" => mounts(request, &target),
         "/api/sluice/v1/stat" => request.get(|| Ok(Call::Stat)),
+        "/api/sluice/v1/cache" => request.get(|| Ok(Call::Cache)),
+        "/api/sluice/v1/gc" => request.act(Call::CollectGarbage),
         "/api/sluice/v1/images" => request.get(|| Ok(Call::Images)),
         _ => Err(reply::no_route()),
     }

@@ -15,6 +15,7 @@ use super::admission;
 use super::api::Call;
 use super::cull::Culler;
 use super::entry::Entry;
+use super::evictor::Evictor;
 use super::mount_wish::MountWish;
 use super::mounts::{Door, Mounted, Mounts, Place};
 use super::reply::{self, Identity, Response};
@@ -83,6 +84,8 @@ pub struct ControlPlane {
     pub ledger: Option<Ledger>,
     /// What is mounted.
     pub mounts: Mounts,
+    /// Gives segments back; none without the fanotify door.
+    pub evictor: Option<Arc<Evictor>>,
     /// The way to the rest.
     pub hooks: Hooks,
     /// Names of what was configured; the values are secrets.
@@ -153,10 +156,7 @@ impl ControlPlane {
                 answer("DeleteBlobObject", unused.and_then(|()| self.unregister(&domain_id, &id)))
             }
             Call::Cull { blob_id } => self.cull(&blob_id),
-            Call::Mount { wish, peer } => match self.mount(*wish, peer) {
-                Ok(document) => reply::document(&document),
-                Err(error) => reply::told(&error),
-            },
+            Call::Mount { wish, peer } => told(self.mount(*wish, peer)),
             Call::Unmount { mountpoint, lazy, keep, peer } => {
                 match self.unmount(&mountpoint, peer, lazy, keep) {
                     Ok(()) => reply::done(),
@@ -165,7 +165,9 @@ impl ControlPlane {
             }
             Call::Mounts => reply::document(&reply::mounts(&self.mounts.list())),
             Call::Stat => reply::document(&self.stat()),
-            Call::Images => reply::document(&reply::images(&self.catalog.images())),
+            Call::Images => told(self.images()),
+            Call::Cache => told(self.cache()),
+            Call::CollectGarbage => told(self.collect_garbage()),
         }
     }
 
@@ -389,6 +391,13 @@ fn answer(kind: &str, outcome: Result<()>) -> Response {
     match outcome {
         Ok(()) => reply::done(),
         Err(error) => reply::failed(kind, &error),
+    }
+}
+
+fn told(outcome: Result<Value>) -> Response {
+    match outcome {
+        Ok(document) => reply::document(&document),
+        Err(error) => reply::told(&error),
     }
 }
 

@@ -31,6 +31,7 @@ pub fn control(hooks: Hooks) -> ControlPlane {
         culler: None,
         ledger: None,
         mounts: super::mounts::Mounts::new(None, false, Box::new(|_, _, _| ())),
+        evictor: None,
         hooks,
         configured: Mutex::default(),
     }

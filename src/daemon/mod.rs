@@ -9,7 +9,7 @@ pub mod crew;
 pub mod cull;
 mod doors;
 pub mod entry;
-mod evictor;
+pub mod evictor;
 pub mod http;
 mod log;
 mod mount_wish;
@@ -22,6 +22,7 @@ mod service;
 pub mod socket;
 pub mod state;
 pub mod statistics;
+mod usage;
 pub mod worker;
 
 pub use service::run;

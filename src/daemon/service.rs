@@ -195,6 +195,7 @@ fn control_plane(
         culler,
         ledger,
         mounts: Mounts::new(binder, has_cachefiles, Box::new(|_, _, _| ())),
+        evictor: doors.fanotify.as_ref().map(|door| Arc::clone(&door.evictor)),
         hooks,
         configured: Mutex::default(),
     })

@@ -120,6 +120,26 @@ impl Binder {
         self.bindings.unbind(image);
     }
 
+    /// Removes the views of images that are not among `images`; what a dead daemon left unfinished
+    /// goes, too. Gives the bytes.
+    ///
+    /// # Errors
+    /// What the disk says.
+    pub fn remove_views(&self, images: &[Arc<Image>]) -> Result<u64> {
+        let failed = |error: std::io::Error| Error::io(&error, self.views.display().to_string());
+        let kept: std::collections::HashSet<String> =
+            images.iter().map(|image| image.bootstrap_digest.to_string()).collect();
+        let mut freed = 0;
+        for entry in std::fs::read_dir(&self.views).map_err(failed)? {
+            let entry = entry.map_err(failed)?;
+            if entry.file_name().to_str().is_some_and(|name| !kept.contains(name)) {
+                freed += entry.metadata().map_err(failed)?.len();
+                std::fs::remove_file(entry.path()).map_err(failed)?;
+            }
+        }
+        Ok(freed)
+    }
+
     /// Takes the bind mount away, when nothing needs it any more.
     ///
     /// # Errors
