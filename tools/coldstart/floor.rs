@@ -9,7 +9,7 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::net::TcpStream;
 use std::ops::Range;
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -69,8 +69,10 @@ impl<'a> Floor<'a> {
     }
 
     /// Bytes written so far.
-    pub fn filled_bytes(&self) -> io::Result<u64> {
-        Ok(self.file.metadata()?.blocks() * 512)
+    pub fn filled_bytes(&self) -> u64 {
+        let chunks = (0..).map(ChunkIndex).zip(&self.present);
+        let written = chunks.filter(|(_, present)| present.load(Ordering::Relaxed));
+        written.map(|(chunk, _)| u64::from(self.image.layout.chunk(chunk).padded_size())).sum()
     }
 
     /// Fetches and writes consecutive chunks, all absent and each a unit of its own.

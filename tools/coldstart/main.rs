@@ -129,7 +129,7 @@ fn measure_floor(options: &FloorRun) -> io::Result<()> {
         settings: json!({"load": load.settings(), "ahead": options.ahead}),
         size_bytes: image.size(),
         origin: counters(&options.origin)?,
-        filled_bytes: Some(floor.filled_bytes()?),
+        filled_bytes: Some(floor.filled_bytes()),
         usage: Some(usage),
         ..Surroundings::default()
     };

@@ -171,3 +171,54 @@ impl Random {
         state ^ state >> 31
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn files() -> Vec<Extent> {
+        let file = |(name, size): (&str, u64)| Extent { name: name.to_owned(), size };
+        [("a", 10 << 20), ("b c", 5000), ("d", 3 << 20)].map(file).to_vec()
+    }
+
+    #[test]
+    fn random_reads_take_one_place_per_slot_and_stay_in_their_files() {
+        let pattern = Pattern::Random { block: 4096, slot: 1 << 20, seed: 7 };
+        let plan = Plan::new(&pattern, &files(), 4, usize::MAX).unwrap();
+        assert_eq!((plan.lanes.len(), plan.count()), (1, 13));
+        let mut slots: Vec<_> = plan.lanes[0].iter().map(|read| read.place >> 20).collect();
+        assert_ne!(slots, (0..13).collect::<Vec<_>>());
+        slots.sort_unstable();
+        assert_eq!(slots, (0..13).collect::<Vec<_>>());
+        for read in &plan.lanes[0] {
+            let size = files()[read.file as usize].size;
+            assert!(read.offset % PAGE_BYTES == 0 && read.offset + read.length <= size);
+        }
+        assert_eq!(plan, Plan::new(&pattern, &files(), 4, usize::MAX).unwrap());
+    }
+
+    #[test]
+    fn sequential_reads_cover_everything_once_in_stripes() {
+        let pattern = Pattern::Sequential { block: 128 << 10 };
+        let plan = Plan::new(&pattern, &files(), 4, usize::MAX).unwrap();
+        assert_eq!(plan.lanes.len(), 4);
+        let mut at = 0;
+        for read in plan.lanes.iter().flatten() {
+            assert_eq!(read.place, at);
+            at += read.length;
+        }
+        assert_eq!(at, files().iter().map(|file| file.size).sum::<u64>());
+    }
+
+    #[test]
+    fn a_trace_says_what_is_read_and_nonsense_is_an_error() {
+        let plan = |text: &str| Plan::new(&Pattern::Trace(text.into()), &files(), 1, 9);
+        let lanes = plan("# first\nb c 4096 8192\n\na 0 1\n").unwrap().lanes;
+        let place = (10 << 20) + 4096;
+        let first = Operation { file: 1, offset: 4096, length: 904, place };
+        assert_eq!(lanes, [[first, Operation { file: 0, offset: 0, length: 1, place: 0 }]]);
+        for wrong in ["x 0 1", "a 0", "a 0 0", "b c 5000 1", "a -1 1", "a"] {
+            assert!(plan(wrong).is_err(), "{wrong}");
+        }
+    }
+}
