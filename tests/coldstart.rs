@@ -50,10 +50,20 @@ impl Drop for Origin {
 
 /// A run of coldstart and the JSON it wrote.
 fn run(target: &str, origin: &Origin, options: &[&str], daemon: &[&str]) -> (Output, Value) {
+    run_with(&image(), target, origin, options, daemon)
+}
+
+fn run_with(
+    image: &Path,
+    target: &str,
+    origin: &Origin,
+    options: &[&str],
+    daemon: &[&str],
+) -> (Output, Value) {
     let work = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder");
     let json = work.path().join("run.json");
     let mut command = example("coldstart");
-    command.args([target, "--origin", &origin.address]).arg("--image").arg(image());
+    command.args([target, "--origin", &origin.address]).arg("--image").arg(image);
     command.arg("--work").arg(work.path()).arg("--json").arg(&json).args(options);
     if !daemon.is_empty() {
         command.arg("--").args(daemon);
@@ -146,6 +156,25 @@ fn trouble_at_the_origin_is_measured_not_hidden() {
     assert!(!output.status.success());
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(said.contains("503"), "{said}");
+}
+
+#[test]
+fn a_cache_that_differs_from_the_image_is_found() {
+    let (origin, other) = (Origin::start(&[]), tempfile::tempdir().expect("a folder"));
+    for entry in std::fs::read_dir(image()).expect("the image") {
+        let path = entry.expect("a file of it").path();
+        let mut bytes = std::fs::read(&path).expect("its bytes");
+        let name = path.file_name().expect("it has one");
+        if name != "image.boot" {
+            // In the middle of the blob, thus in the middle of a chunk.
+            let middle = bytes.len() / 2;
+            bytes[middle] ^= 1;
+        }
+        std::fs::write(other.path().join(name), bytes).expect("written");
+    }
+    let options = ["--order", "sequential", "--verify"];
+    let (output, _) = run_with(other.path(), "blob", &origin, &options, &sluice());
+    assert!(!output.status.success());
 }
 
 #[test]
