@@ -15,8 +15,10 @@
 #include <fcntl.h>
 #include <stdarg.h>
 #include <stdint.h>
+#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/un.h>
 #include <unistd.h>
@@ -36,12 +38,19 @@ static int device = -1;
 static int readers[READERS_MAX];
 static unsigned reader_count;
 
-__attribute__((constructor)) static void find_real(void)
+static void find_real(void)
 {
 	real_open = dlsym(RTLD_NEXT, "open64");
 	real_openat = dlsym(RTLD_NEXT, "openat64");
 	real_ioctl = dlsym(RTLD_NEXT, "ioctl");
 	real_read = dlsym(RTLD_NEXT, "read");
+}
+
+__attribute__((constructor)) static void start(void)
+{
+	find_real();
+	/* A measurement that is killed leaves no daemon behind. */
+	prctl(PR_SET_PDEATHSIG, SIGKILL);
 }
 
 /* One message and the files that came with it; how many of them. */
