@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::json;
-use support::daemon::{Daemon, assert_same_tree, forget_pages};
+use support::daemon::{Daemon, Disk, assert_same_tree, forget_pages};
 use support::registry::{IMAGES, Registry};
 use support::truth::folder;
 
@@ -247,4 +247,74 @@ fn a_quota_smaller_than_what_is_mounted_is_no_error() {
     forget_pages();
     places.iter().for_each(|place| assert_same_tree(place));
     assert_eq!(daemon.count("reads_failed"), 0);
+}
+
+#[test]
+fn a_full_disk_costs_an_error_on_misses_only_and_heals() {
+    let registry = Registry::with_images(&[]);
+    let disk = Disk::new(64);
+    let home = tempfile::TempDir::new_in(&disk.mountpoint).expect("a folder");
+    let daemon = Daemon::over(home, &[]);
+    let truth = files(&source(tempfile::tempdir().expect("a folder").path()));
+    let place = daemon.mount("zstd-64k", registry.address(), "image");
+    let read = |wanted: usize| -> Vec<bool> {
+        // From the end: the first file is long and brings its neighbours with it.
+        let files = truth.iter().rev().filter(|(_, bytes)| !bytes.is_empty()).take(wanted);
+        let read = files.map(|(path, bytes)| match std::fs::read(place.join(path)) {
+            Ok(found) => {
+                assert_eq!(&found, bytes, "{}", path.display());
+                true
+            }
+            Err(error) => {
+                assert_eq!(error.raw_os_error(), Some(libc::EIO), "{}", path.display());
+                false
+            }
+        });
+        read.collect()
+    };
+    assert_eq!(read(2), [true; 2]);
+    let junk = disk.mountpoint.join("junk");
+    let mut filler = File::create(&junk).expect("a file");
+    while std::io::Write::write_all(&mut filler, &[7; 4096]).is_ok() {}
+    forget_pages();
+    let outcomes = read(usize::MAX);
+    assert_eq!(outcomes[..2], [true; 2], "what is there is read from a full disk, too");
+    assert!(outcomes.contains(&false), "what is not there has no room");
+    drop(filler);
+    std::fs::remove_file(&junk).expect("ours");
+    assert_same_tree(&place);
+    daemon.unmount(&place);
+}
+
+#[test]
+fn a_thousand_images_are_mounted_and_read_at_once() {
+    const IMAGES_MOUNTED: usize = 1000;
+    let registry = Registry::with_images(&[]);
+    let mut daemon = Daemon::start(&["-l", "warn"]);
+    let bootstrap = folder("zstd-64k").join("image.boot");
+    let entry = |id: &str| {
+        let config = json!({"scheme": "http", "host": registry.address(), "repo": "zstd-64k"});
+        json!({"type": "bootstrap", "id": id, "domain_id": id, "config": {"id": id,
+            "backend_type": "registry", "backend_config": config, "cache_type": "fscache",
+            "cache_config": {"work_dir": "/tmp"}, "metadata_path": bootstrap}})
+    };
+    for number in 0..IMAGES_MOUNTED {
+        let (id, place) = (format!("i{number}"), daemon.path(&format!("m/{number}")));
+        std::fs::create_dir_all(&place).expect("a mountpoint");
+        let wish = json!({"entry": entry(&id), "mountpoint": place});
+        assert_eq!(daemon.put("/api/sluice/v1/mounts", &wish), 200, "{}", daemon.log());
+    }
+    let places = daemon.path("m");
+    let place = |number: usize| places.join(number.to_string());
+    for number in [0, IMAGES_MOUNTED / 2, IMAGES_MOUNTED - 1] {
+        assert_same_tree(&place(number));
+    }
+    let resident = std::fs::read_to_string(format!("/proc/{}/status", daemon.pid()));
+    let resident = resident.expect("it runs");
+    eprintln!("{:?}", resident.lines().find(|line| line.starts_with("VmRSS")));
+    assert_eq!(daemon.count("reads_failed"), 0);
+    daemon.stop();
+    for number in [1, IMAGES_MOUNTED - 2] {
+        assert_same_tree(&place(number));
+    }
 }

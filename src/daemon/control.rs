@@ -200,7 +200,6 @@ impl ControlPlane {
         let at = Place::seen_by(&wish.mountpoint, peer)?;
         let door = self.mounts.door(wish.door)?;
         let _turn = self.mounts.turn();
-        self.reconcile();
         let spec = wish.entry.clone().into_spec()?;
         let domain_id = if spec.domain_id.is_empty() { &spec.id } else { &spec.domain_id };
         let known = self.catalog.image(domain_id, &spec.id);

@@ -5,7 +5,7 @@
 //! kernel's own list, in the mount namespace it was mounted in; a namespace without a process is
 //! gone with its mounts. The table's changes are told to whoever remembers them on disk.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -150,7 +150,7 @@ impl Mounts {
         peer: Option<u32>,
         door: Door,
     ) -> Result<()> {
-        if let Some(there) = self.at(at) {
+        if let Some(there) = self.at(at).filter(|_| is_there(at)) {
             let (place, id) = (at.mountpoint.display(), &there.id);
             let text = format!("{id} is mounted at {place} already; `sluice umount` it first");
             return Err(Error::Exists(text));
@@ -209,7 +209,15 @@ impl Mounts {
     pub fn reconcile(&self) -> Vec<Mounted> {
         let places: Vec<Place> = self.lock().keys().cloned().collect();
         let mut gone = Vec::new();
-        for place in places.iter().filter(|place| !is_there(place)) {
+        // By namespace, whose list is read once: a thousand images are a thousand lines.
+        let of_namespaces = places.chunk_by(|one, two| one.namespace == two.namespace);
+        let missing = of_namespaces.flat_map(|places| {
+            let mounted = erofs_mounts(&places[0]);
+            places.iter().filter(move |place| {
+                mounted.as_ref().is_some_and(|mounted| !mounted.contains(&place.mountpoint))
+            })
+        });
+        for place in missing {
             let Some(mounted) = self.lock().remove(place) else { continue };
             let places = self.places(&mounted.domain_id, &mounted.id);
             (self.changed)(&mounted.domain_id, &mounted.id, &places);
@@ -288,12 +296,16 @@ fn namespace_of(process: Option<u32>) -> Option<u64> {
 
 /// Whether an EROFS file system is mounted there. In doubt, yes.
 fn is_there(place: &Place) -> bool {
+    erofs_mounts(place).is_none_or(|mounted| mounted.contains(&place.mountpoint))
+}
+
+/// Where EROFS file systems are mounted in a place's namespace, whatever may be mounted over them;
+/// nowhere if nobody is left in it. None if it cannot be told.
+fn erofs_mounts(place: &Place) -> Option<HashSet<PathBuf>> {
     let mounts = match place.witness() {
-        Ok(witness) => mountinfo::read(witness),
-        Err(_) => return false,
+        Ok(witness) => mountinfo::read(witness).ok()?,
+        Err(_) => return Some(HashSet::new()),
     };
-    let is_erofs = |mounts: &[mountinfo::Mount]| {
-        mountinfo::at(mounts, &place.mountpoint).is_some_and(|mount| mount.kind == "erofs")
-    };
-    mounts.map_or(true, |mounts| is_erofs(&mounts))
+    let erofs = mounts.into_iter().filter(|mount| mount.kind == "erofs");
+    Some(erofs.map(|mount| mount.mountpoint).collect())
 }

@@ -2,6 +2,7 @@
 //! mounts. Whatever happens to the test, nothing is mounted and no process is left.
 
 use std::fs::File;
+use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -140,6 +141,19 @@ impl Daemon {
         self.stat()["counters"][name].as_u64().unwrap_or_else(|| panic!("no counter {name}"))
     }
 
+    /// One call of the control API with a JSON body; gives the status.
+    pub fn put(&self, path: &str, body: &Value) -> u16 {
+        let (mut stream, body) =
+            (UnixStream::connect(self.socket()).expect("it"), body.to_string());
+        let head = format!("PUT {path} HTTP/1.1\r\nContent-Length: {}\r\n", body.len());
+        let request = format!("{head}Connection: close\r\n\r\n{body}");
+        stream.write_all(request.as_bytes()).expect("it takes requests");
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).expect("it answers");
+        let status = answer.split(' ').nth(1).and_then(|status| status.parse().ok());
+        status.unwrap_or_else(|| panic!("{answer:?} is no answer"))
+    }
+
     /// Polls until something is so.
     pub fn wait_until(&self, what: &str, is_so: impl Fn(&Daemon) -> bool) {
         let deadline = Instant::now() + PATIENCE;
@@ -170,6 +184,35 @@ impl Drop for Daemon {
         for mount in mounts.iter().rev().filter(|mount| mount.mountpoint.starts_with(home)) {
             let _ = nix::mount::umount2(&mount.mountpoint, nix::mount::MntFlags::MNT_DETACH);
         }
+    }
+}
+
+/// An ext4 of so many MiB, until dropped.
+pub struct Disk {
+    pub mountpoint: PathBuf,
+    _home: TempDir,
+}
+
+impl Disk {
+    pub fn new(size_mib: u32) -> Disk {
+        let home = TempDir::new_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder under target");
+        let (image, mountpoint) = (home.path().join("disk"), home.path().join("mnt"));
+        std::fs::create_dir(&mountpoint).expect("a folder");
+        let mut make = Command::new("mke2fs");
+        make.args(["-q", "-F", "-b", "4096", "-t", "ext4"]).arg(&image).arg(format!("{size_mib}M"));
+        assert!(make.status().expect("e2fsprogs").success());
+        let disk = Disk { mountpoint, _home: home };
+        let mut mount = Command::new("mount");
+        mount.args(["-o", "loop"]).arg(&image).arg(&disk.mountpoint);
+        assert!(mount.status().expect("mount").success());
+        disk
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        // The loop device goes with its mount; lazily, should a test have left a file open.
+        let _ = nix::mount::umount2(&self.mountpoint, nix::mount::MntFlags::MNT_DETACH);
     }
 }
 
