@@ -14,7 +14,9 @@ use sluice::error::Error;
 use sluice::image::{Bootstrap, FileKind};
 use sluice::upcall::fanotify::Answer;
 use sluice::upcall::group::Group;
+use sluice::upcall::mountinfo;
 use sluice::upcall::mounting;
+use sluice::upcall::probe::probe;
 use support::listener::Listener;
 use support::segments::{Cache, Mounted, Planted, forget};
 use support::truth::Truth;
@@ -227,4 +229,27 @@ fn file_systems_without_pre_content_events_are_named() {
     assert!(error.to_string().contains("not tmpfs"), "{error}");
     let error = group.mark_mount(Path::new("/nonexistent")).unwrap_err();
     assert_eq!(error.errno(), nix::libc::ENOENT);
+}
+
+#[test]
+fn this_kernel_passes_the_probe_and_nothing_is_left_of_it() {
+    let cache = Cache::new();
+    let report = probe(cache.path());
+    for finding in &report.findings {
+        println!("{}: {}", finding.check, finding.text);
+    }
+    assert!(report.is_good(), "{:?}", report.reason());
+    assert_eq!(report.findings.len(), 7);
+    assert_eq!(fs::read_dir(cache.path()).expect("a folder").count(), 0);
+    let mounts = mountinfo::read(None).expect("a list");
+    assert!(mounts.iter().all(|mount| !mount.mountpoint.starts_with(cache.path())));
+}
+
+#[test]
+fn probe_says_what_is_in_the_way() {
+    let report = probe(Path::new("/dev/shm"));
+    assert!(!report.is_good());
+    let reason = report.reason().expect("a reason");
+    assert!(reason.contains("not tmpfs"), "{reason}");
+    assert!(!probe(Path::new("/nonexistent")).is_good());
 }

@@ -20,3 +20,5 @@ pub const MOUNT_VALUE_MAX_BYTES: usize = 255;
 pub const MOUNT_MESSAGES_MAX: usize = 8;
 /// Bytes of one of them that are read.
 pub const MOUNT_MESSAGE_MAX_BYTES: usize = 1024;
+/// All that is tried at start to see how the kernel behaves takes no longer.
+pub const PROBE_WAIT_MS: u64 = 10_000;

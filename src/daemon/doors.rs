@@ -17,6 +17,7 @@ use crate::store::segment::Segment;
 use crate::store::segments::SegmentStore;
 use crate::upcall::binder::Binder;
 use crate::upcall::device::{DEVICE_PATH, Device};
+use crate::upcall::probe::probe;
 
 /// The open doors.
 #[derive(Default)]
@@ -123,6 +124,10 @@ fn open_fanotify(
     let (to_sealer, completed) = crossbeam_channel::bounded(COMPLETED_QUEUE);
     let store = SegmentStore::open(&config.cache_dir, to_sealer)?;
     store.space().set_quota(config.cache_quota_bytes);
+    // Versions promise nothing here: a kernel that shows zeros for short files must not serve.
+    if let Some(reason) = probe(&config.cache_dir).reason() {
+        return Err(Error::Unsupported(reason));
+    }
     let binder = Arc::new(Binder::open(&config.cache_dir, store, Arc::clone(routes), None)?);
     let evictor = Evictor::new(&binder, journal);
     Ok(FanotifyDoor { binder, evictor, completed })

@@ -39,6 +39,7 @@ pub mod inode;
 pub mod layer;
 pub mod layout;
 pub mod manifest;
+pub mod miniature;
 pub mod segmentation;
 pub mod superblock;
 pub mod toc;

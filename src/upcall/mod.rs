@@ -17,5 +17,6 @@ pub mod mountinfo;
 pub mod mounting;
 pub mod objects;
 mod opening;
+pub mod probe;
 pub mod sys;
 pub mod watch;

@@ -33,6 +33,17 @@ pub struct DetachedMount {
     fd: OwnedFd,
 }
 
+impl DetachedMount {
+    /// Opens a file of the image, wherever it is mounted.
+    pub fn open(&self, name: &str) -> Result<File> {
+        use nix::fcntl::{OFlag, openat};
+        let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
+        openat(&self.fd, name, flags, nix::sys::stat::Mode::empty())
+            .map(File::from)
+            .map_err(|errno| failed(errno, format!("cannot open {name} of an image")))
+    }
+}
+
 /// What a daemon found when it asked for its private bind mount.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Binding {
@@ -113,6 +124,12 @@ pub fn open_directory(path: &Path) -> Result<OwnedFd> {
     let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
     open(path, flags, nix::sys::stat::Mode::empty())
         .map_err(|errno| failed(errno, format!("directory {}", path.display())))
+}
+
+/// A directory through a mount of its own that is nowhere, for as long as it is held.
+pub fn clone_directory(path: &Path) -> Result<OwnedFd> {
+    sys::clone_mount(&c_path(path)?)
+        .map_err(|errno| failed(errno, format!("cannot clone the mount of {}", path.display())))
 }
 
 /// Puts a mount at `mountpoint` as the process `peer` sees it; in this process's own namespace

@@ -9,4 +9,5 @@ pub mod listener;
 pub mod node;
 pub mod registry;
 pub mod segments;
+pub mod synthetic;
 pub mod truth;
