@@ -15,6 +15,7 @@ mod gc;
 mod host_checks;
 mod images;
 mod inspect;
+mod keeper;
 mod kernel_checks;
 mod mount;
 mod mounts;
@@ -95,6 +96,9 @@ enum Command {
     Check(check::Options),
     /// Find out what this machine lacks, and say what to do.
     Doctor(doctor::Options),
+    /// Hold open files for a daemon; daemons start this by themselves.
+    #[command(hide = true)]
+    Keeper(keeper::Options),
     /// Print the version.
     Version,
 }
@@ -143,6 +147,7 @@ fn dispatch(command: Command) -> Result<Verdict> {
         Command::Inspect(options) => inspect::run(&options, &mut out),
         Command::Check(options) => check::run(&options, &mut out),
         Command::Doctor(options) => doctor::run(&options, &mut out),
+        Command::Keeper(options) => keeper::run(&options),
         Command::Version => {
             out.line(concat!("sluice ", env!("CARGO_PKG_VERSION")))?;
             Ok(Verdict::Good)
