@@ -14,38 +14,10 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::json;
-use support::daemon::{Daemon, Disk, assert_same_tree, forget_pages};
+use support::daemon::{Daemon, Disk, forget_pages};
 use support::registry::{IMAGES, Registry};
+use support::tree::{assert_same_tree, files, source};
 use support::truth::folder;
-
-/// The tree the test images were made from, unpacked.
-fn source(home: &Path) -> PathBuf {
-    let place = home.join("source");
-    std::fs::create_dir_all(&place).expect("a folder");
-    let mut unpack = Command::new("tar");
-    unpack.arg("-xpzf").arg(folder("source.tar.gz")).arg("-C").arg(&place);
-    assert!(unpack.status().expect("tar").success());
-    place
-}
-
-/// Regular files of a tree with their bytes, by path below the root.
-fn files(root: &Path) -> Vec<(PathBuf, Vec<u8>)> {
-    let (mut found, mut folders) = (Vec::new(), vec![root.to_owned()]);
-    while let Some(folder) = folders.pop() {
-        for entry in std::fs::read_dir(folder).expect("a folder").flatten() {
-            let kind = entry.file_type().expect("a kind");
-            if kind.is_dir() {
-                folders.push(entry.path());
-            } else if kind.is_file() {
-                let bytes = std::fs::read(entry.path()).expect("a file");
-                let path = entry.path().strip_prefix(root).expect("below the root").to_owned();
-                found.push((path, bytes));
-            }
-        }
-    }
-    found.sort();
-    found
-}
 
 #[test]
 fn every_image_equals_its_source_and_is_asked_for_once() {

@@ -6,8 +6,9 @@ mod support;
 use std::path::{Path, PathBuf};
 
 use serde_json::json;
-use support::daemon::{Daemon, assert_same_tree, forget_pages};
+use support::daemon::{Daemon, forget_pages};
 use support::registry::Registry;
+use support::tree::assert_same_tree;
 
 fn remembered(daemon: &Daemon) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(daemon.path("state/registered")).into_iter().flatten();

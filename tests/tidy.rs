@@ -34,7 +34,7 @@ const PURE: &[(&str, &[&str])] = &[
 ];
 #[rustfmt::skip]
 const UNSAFE_FILES: &[&str] = &["src/engine/ring.rs", "src/engine/arena.rs", "src/upcall/sys.rs",
-    "src/image/inflate.rs", "tests/allocations.rs"];
+    "src/image/inflate.rs", "src/daemon/sys.rs", "tests/allocations.rs"];
 const NO_NAMES: &[&str] = &["utils", "util", "common", "helpers", "helper", "misc"];
 const NO_ENDINGS: &[&str] = &["Manager", "Handler", "Helper", "Impl"];
 

@@ -50,3 +50,10 @@ pub const REFUSED_OBJECT_NS: u64 = SECOND_NS;
 pub const SUPERVISOR_STATE_MAX_BYTES: usize = 16 * MIB;
 /// A supervisor that has not taken or given the state by then is given up.
 pub const SUPERVISOR_WAIT_MS: u64 = 10_000;
+/// A witness answers within this, or its daemon lives and it has nothing to say.
+pub const WITNESS_ANSWER_WAIT_MS: i64 = 1_000;
+/// Files of events in one message; the kernel takes up to 253 (SCM_MAX_FD).
+pub const WITNESS_FILES_PER_MESSAGE: usize = 128;
+/// Numbers that an event of a dead daemon may have had: files get the lowest that are free, and a
+/// daemon has few open besides events. 16,384 answers to nobody take 5 ms.
+pub const EVENT_NUMBER_MAX: i32 = 16 * KIB as i32;

@@ -1,5 +1,6 @@
 //! Opens the doors an operator asked for, or those this machine has.
 
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 
@@ -8,10 +9,11 @@ use crossbeam_channel::Receiver;
 use super::cookies::Cookies;
 use super::cull::Culler;
 use super::evictor::Evictor;
+use super::keeper::FANOTIFY;
 use super::succession_device::Heritage;
 use crate::blob::crew::MakeRoom;
 use crate::blob::journal::{Journal, Level};
-use crate::config::{COMPLETED_QUEUE, Config, DoorChoice};
+use crate::config::{COMPLETED_QUEUE, Config, DoorChoice, EVENT_NUMBER_MAX};
 use crate::error::{Error, Result};
 use crate::registry::route::Shared;
 use crate::store::segment::Segment;
@@ -66,10 +68,10 @@ impl Doors {
                 doors.cachefiles = open_cachefiles(config, heritage, journal)?;
             }
             DoorChoice::Fanotify => {
-                doors.fanotify = Some(open_fanotify(config, routes, journal)?);
+                doors.fanotify = Some(open_fanotify(config, heritage, routes, journal)?);
             }
             DoorChoice::Auto => {
-                let fanotify = open_fanotify(config, routes, journal);
+                let fanotify = open_fanotify(config, heritage, routes, journal);
                 let cachefiles = open_cachefiles(config, heritage, journal);
                 let (fanotify, cachefiles) = match (fanotify, cachefiles) {
                     (Err(fanotify), Err(cachefiles)) => {
@@ -146,17 +148,34 @@ fn open_cachefiles(
 
 fn open_fanotify(
     config: &Config,
+    heritage: &Heritage<'_>,
     routes: &Arc<Shared>,
     journal: &Arc<Journal>,
 ) -> Result<FanotifyDoor> {
     let (to_sealer, completed) = crossbeam_channel::bounded(COMPLETED_QUEUE);
     let store = SegmentStore::open(&config.cache_dir, to_sealer)?;
     store.space().set_quota(config.cache_quota_bytes);
-    // Versions promise nothing here: a kernel that shows zeros for short files must not serve.
-    if let Some(reason) = probe(&config.cache_dir).reason() {
+    let keeper = heritage.keeper;
+    let inherited = keeper.take(FANOTIFY);
+    // Versions promise nothing here: a kernel that shows zeros for short files must not serve. What
+    // a predecessor served with has been tried, and its readers wait.
+    if inherited.is_none()
+        && let Some(reason) = probe(&config.cache_dir).reason()
+    {
         return Err(Error::Unsupported(reason));
     }
-    let binder = Arc::new(Binder::open(&config.cache_dir, store, Arc::clone(routes), None)?);
+    let is_inherited = inherited.is_some();
+    let binder = Binder::open(&config.cache_dir, store, Arc::clone(routes), inherited)?;
+    if is_inherited {
+        let lost = binder.group().let_go(EVENT_NUMBER_MAX, heritage.events);
+        if lost > 0 {
+            journal.error(format!("{lost} readers of a former daemon get what is there"));
+        }
+    }
+    if let Err(error) = keeper.put(FANOTIFY, binder.group().as_fd()) {
+        journal.error(format!("without a keeper a crash costs readers: {error}"));
+    }
+    let binder = Arc::new(binder);
     let evictor = Evictor::new(&binder, journal);
     Ok(FanotifyDoor { binder, evictor, completed })
 }

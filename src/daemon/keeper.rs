@@ -18,6 +18,8 @@ use crate::error::Result;
 
 /// The name of the file of /dev/cachefiles.
 pub const CACHEFILES: &str = "cachefiles";
+/// The name of the fanotify group.
+pub const FANOTIFY: &str = "fanotify";
 
 /// How a daemon ends, for what it has had held.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -33,7 +33,9 @@ pub mod statistics;
 pub mod succession;
 mod succession_device;
 pub mod supervisor;
+mod sys;
 mod usage;
+mod witness;
 pub mod worker;
 
 pub use service::run;

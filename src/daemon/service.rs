@@ -31,12 +31,13 @@ use super::state::{Event, Refused, StateMachine};
 use super::statistics::Statistics;
 use super::succession::Restored;
 use super::succession_device::Heritage;
+use super::witness::{self, Bequest};
 use super::worker::{WorkerParts, Workers};
 use crate::blob::catalog::Catalog;
 use crate::blob::crew::Mail;
 use crate::blob::journal::{Journal, Level};
 use crate::blob::statistics::Counters;
-use crate::config::Config;
+use crate::config::{Config, DoorChoice};
 use crate::error::{Error, Result};
 use crate::registry::route::Shared;
 use crate::store::ledger::Ledger;
@@ -49,16 +50,32 @@ pub fn run(config: &Config) -> Result<()> {
     // Blocked before any thread starts, so that only the wait below sees them.
     let signals: SigSet = [Signal::SIGTERM, Signal::SIGINT].into_iter().collect();
     signals.thread_block().map_err(|errno| Error::system(errno as i32, "cannot block signals"))?;
+    // Before anything else is open, and before the second thread.
+    let bequest = inherit(config)?;
     let (journal, lines) = Journal::new(config.log_level);
     let log = log::start(lines, config.log_file.as_deref())?;
-    let outcome = serve(config, &journal, &signals);
+    let outcome = serve(config, &journal, &signals, bequest);
     drop(journal);
     // All holders of the journal have ended with the service, so the writer ends too.
     let _ = log.join();
     outcome
 }
 
-fn serve(config: &Config, journal: &Arc<Journal>, signals: &SigSet) -> Result<()> {
+/// A witness for us, and what those of dead daemons have for us.
+fn inherit(config: &Config) -> Result<Bequest> {
+    if config.door == DoorChoice::Cachefiles || config.keep_s == 0 {
+        return Ok(Bequest::default());
+    }
+    witness::start(config)?;
+    Ok(witness::collect(config))
+}
+
+fn serve(
+    config: &Config,
+    journal: &Arc<Journal>,
+    signals: &SigSet,
+    bequest: Bequest,
+) -> Result<()> {
     raise_nofile(config.nofile_limit, journal)?;
     let environment = Environment::of_process();
     // The API's place is taken first: a second daemon must not get as far as the device.
@@ -69,7 +86,8 @@ fn serve(config: &Config, journal: &Arc<Journal>, signals: &SigSet) -> Result<()
         .map_err(|error| Error::io(&error, format!("state directory {}", state_dir.display())))?;
     let keeper = open_keeper(config, &environment, journal)?;
     let routes = Shared::new();
-    let heritage = Heritage { keeper: &keeper, after_crash };
+    let events: Vec<_> = bequest.events.iter().map(|(_, number)| *number).collect();
+    let heritage = Heritage { keeper: &keeper, after_crash, events: &events };
     let doors = Doors::open(config, &heritage, &routes, journal)?;
     let lineage = Lineage::begin(config, keeper, doors.cachefiles.clone(), journal)?;
     let lineage = Arc::new(lineage);
@@ -90,6 +108,7 @@ fn serve(config: &Config, journal: &Arc<Journal>, signals: &SigSet) -> Result<()
         make_room: doors.make_room(),
     };
     let workers = Workers::start(&parts)?;
+    serve_bequest(&workers, bequest, journal);
     let control = control_plane(config, &parts, &workers, &doors, &lineage);
     let ended = control.and_then(|control| {
         let (control, listening) = (Arc::new(control), (socket, &environment));
@@ -100,6 +119,17 @@ fn serve(config: &Config, journal: &Arc<Journal>, signals: &SigSet) -> Result<()
     workers.stop(ending);
     lineage.end(ending);
     ended.map(drop)
+}
+
+/// Serves the readers that waited when a former daemon died.
+fn serve_bequest(workers: &Workers, bequest: Bequest, journal: &Journal) {
+    let count = bequest.events.len();
+    for (file, number) in bequest.events {
+        workers.serve_event(file, number);
+    }
+    if count > 0 {
+        journal.write(Level::Info, || format!("{count} readers of a former daemon are served"));
+    }
 }
 
 /// Serves until a signal comes; says how the daemon ends. The workers are stopped by the caller.

@@ -23,6 +23,8 @@ pub struct Heritage<'a> {
     pub keeper: &'a Keeper,
     /// Whether the API's socket was left by a daemon that died.
     pub after_crash: bool,
+    /// The numbers of events that a dead daemon had read and that can be served.
+    pub events: &'a [i32],
 }
 
 /// What the device was bound to.

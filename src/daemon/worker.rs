@@ -5,6 +5,7 @@
 //! successor starts from what is on disk.
 
 use std::cell::Cell;
+use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -25,7 +26,7 @@ use crate::daemon::statistics::AskCore;
 use crate::engine::mesh::{Receiver, Sender, Wake, mailbox};
 use crate::engine::offload::Helpers;
 use crate::engine::ring::RingDriver;
-use crate::engine::{Core, CoreId, Driver, Parts};
+use crate::engine::{Core, CoreId, Driver, Fd, Parts};
 use crate::error::{Error, Result};
 use crate::registry::client::Client;
 use crate::registry::route::Shared;
@@ -147,10 +148,20 @@ impl Workers {
         self.to.mail.clone()
     }
 
-    /// Has an event served that a daemon which died had read. False when no core takes it.
-    pub fn serve_event(&self, job: EventJob) -> bool {
-        let core = job.file.0 as usize % self.to.watches.len();
-        self.to.watches[core].send(WatchMail::HandOver(job)).is_ok()
+    /// Has an event served that a daemon which died had read: all of the segment that `file` is. It
+    /// is answered by the number it had there.
+    pub fn serve_event(&self, file: OwnedFd, number: RawFd) {
+        let core = file.as_raw_fd() as usize % self.to.watches.len();
+        let job = EventJob {
+            file: Fd(file.as_raw_fd()),
+            range: 0..u64::MAX,
+            taken_ns: 0,
+            number: Fd(number),
+        };
+        if self.to.watches[core].send(WatchMail::HandOver(job)).is_ok() {
+            // The core that answers closes it.
+            let _ = file.into_raw_fd();
+        }
     }
 
     /// The cachefiles doors' mailboxes; one that was started without a device waits there for it.

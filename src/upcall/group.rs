@@ -132,6 +132,18 @@ impl Group {
         }
     }
 
+    /// Lets the readers of events go that a dead daemon had read and nobody can serve any more: they
+    /// get what their files hold. Which these are is not known, so all numbers below `end` are
+    /// answered but those of `kept`; before an event is read, or its number may be among them. Gives
+    /// how many there were.
+    pub fn let_go(&self, end: i32, kept: &[i32]) -> usize {
+        let numbers = (0..end).filter(|number| !kept.contains(number));
+        let answered = numbers.filter(|&number| {
+            nix::unistd::write(&self.fd, &encode(Fd(number), Answer::Allow)).is_ok()
+        });
+        answered.count()
+    }
+
     /// Answers an event; its file is closed afterwards by whoever has adopted it.
     pub fn answer(&self, core: &Core, file: Fd, answer: Answer) -> Result<()> {
         match core.call(Call::Write(self.fd(), &encode(file, answer))) {

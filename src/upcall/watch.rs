@@ -299,7 +299,12 @@ impl Watch {
     async fn read_mail(self: Rc<Self>, mail: Receiver<WatchMail>) {
         while let Some(message) = mail.receive(&self.crew.core).await {
             match message {
-                WatchMail::HandOver(job) => self.enqueue(job),
+                WatchMail::HandOver(job) => {
+                    // An event of a daemon that died has its time from now on.
+                    let taken_ns =
+                        if job.taken_ns > 0 { job.taken_ns } else { self.crew.core.now() };
+                    self.enqueue(EventJob { taken_ns, ..job });
+                }
                 WatchMail::Stop => self.is_stopped.set(true),
             }
         }

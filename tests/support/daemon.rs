@@ -66,6 +66,36 @@ impl Daemon {
         child.wait().expect("it is ours");
     }
 
+    /// Ends it and everything that was to outlive it.
+    pub fn kill_all(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+        // A daemon replaces a keeper that dies, so some may have come meanwhile.
+        self.wait_until("everything has ended", |daemon| {
+            let left = daemon.processes();
+            for process in &left {
+                let _ = nix::sys::signal::kill(*process, nix::sys::signal::SIGKILL);
+            }
+            left.is_empty()
+        });
+    }
+
+    /// The daemon, its keeper and its witness, as far as they run.
+    pub fn processes(&self) -> Vec<nix::unistd::Pid> {
+        let home = self.home.path().to_string_lossy();
+        let is_ours = |pid: i32| {
+            let arguments = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            let program = std::fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
+            program.starts_with(env!("CARGO_BIN_EXE_sluice"))
+                && String::from_utf8_lossy(&arguments).contains(&*home)
+        };
+        let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+        let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+        pids.filter(|&pid| is_ours(pid)).map(nix::unistd::Pid::from_raw).collect()
+    }
+
     /// Ends it as an operator would.
     pub fn stop(&mut self) {
         let mut child = self.child.take().expect("it runs");
@@ -175,10 +205,7 @@ impl Daemon {
 
 impl Drop for Daemon {
     fn drop(&mut self) {
-        if let Some(mut child) = self.child.take() {
-            let _ = child.kill();
-            let _ = child.wait();
-        }
+        self.kill_all();
         let home = self.home.path();
         let mounts = mountinfo::read(None).unwrap_or_default();
         for mount in mounts.iter().rev().filter(|mount| mount.mountpoint.starts_with(home)) {
@@ -219,32 +246,4 @@ impl Drop for Disk {
 /// The kernel forgets what it has read, of everything.
 pub fn forget_pages() {
     std::fs::write("/proc/sys/vm/drop_caches", "3").expect("root");
-}
-
-/// What list.py says of a tree, sorted, without the root, whose time an image does not keep.
-pub fn list(root: &Path) -> Vec<String> {
-    let output = Command::new("python3").arg(folder("list.py")).arg(root).output();
-    let output = output.expect("python3");
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    sorted(&String::from_utf8(output.stdout).expect("text"))
-}
-
-/// What it says of the tree the test images were made from.
-pub fn listed_source() -> Vec<String> {
-    sorted(&std::fs::read_to_string(folder("tree.txt")).expect("a fixture"))
-}
-
-fn sorted(text: &str) -> Vec<String> {
-    let lines = text.lines().filter(|line| !line.starts_with("'.' "));
-    let mut lines: Vec<_> = lines.map(str::to_owned).collect();
-    lines.sort();
-    lines
-}
-
-/// Fails with the first line that differs.
-pub fn assert_same_tree(root: &Path) {
-    let (found, expected) = (list(root), listed_source());
-    let differ = found.iter().zip(&expected).find(|(found, expected)| found != expected);
-    assert_eq!(differ, None, "{}", root.display());
-    assert_eq!(found.len(), expected.len(), "{}", root.display());
 }

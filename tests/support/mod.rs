@@ -10,4 +10,5 @@ pub mod node;
 pub mod registry;
 pub mod segments;
 pub mod synthetic;
+pub mod tree;
 pub mod truth;
