@@ -132,10 +132,10 @@ impl Group {
         }
     }
 
-    /// Lets the readers of events go that a dead daemon had read and nobody can serve any more: they
-    /// get what their files hold. Which these are is not known, so all numbers below `end` are
-    /// answered but those of `kept`; before an event is read, or its number may be among them. Gives
-    /// how many there were.
+    /// Lets the readers of events go that a dead daemon had read and nobody can serve any more:
+    /// they get what their files hold. Which these are is not known, so all numbers below `end`
+    /// are answered but those of `kept`; before an event is read, or its number may be among them.
+    /// Gives how many there were.
     pub fn let_go(&self, end: i32, kept: &[i32]) -> usize {
         let numbers = (0..end).filter(|number| !kept.contains(number));
         let answered = numbers.filter(|&number| {
