@@ -484,3 +484,37 @@ pub const COOKIE_LOOK_MS: u64 = 10;
 pub const COOKIE_LIST_MAX_BYTES: u64 = 64 * MIB as u64;
 /// Reads in service above which a core that polls for all hands further ones to its siblings.
 pub const HAND_OVER_READS: usize = 4;
+
+// ---- building images. Memory of a build: BUILD_IN_FLIGHT_BYTES of jobs, 100 bytes per chunk, 200
+// per file, and the compressors (a MiB or two per thread up to zstd level 12).
+
+/// Threads that digest and compress.
+pub const BUILD_THREADS_MAX: usize = 256;
+/// Bytes of file data that travel together, unless one chunk is larger.
+pub const BUILD_JOB_BYTES: usize = MIB;
+/// Pieces of file data that travel together.
+pub const BUILD_JOB_PIECES_MAX: usize = 4096;
+/// Bytes of jobs on their way, plain and packed: with chunks of 16 MiB four jobs go round.
+pub const BUILD_IN_FLIGHT_BYTES: usize = 128 * MIB;
+/// What is collected before it is written to a blob file.
+pub const BUILD_WRITE_BYTES: usize = 256 * KIB;
+/// What is read of a layer at once.
+pub const BUILD_READ_BYTES: usize = 256 * KIB;
+/// Chunks of file data in all files of an image: as many entries of 8 bytes fill a bootstrap.
+pub const BUILD_REFERENCES_MAX: usize = BOOTSTRAP_MAX_BYTES / 8;
+/// Files of all layers of an image, those that later layers replace included.
+pub const BUILD_INODES_MAX: usize = 1 << 24;
+/// Bytes of a path in a layer: the kernel's PATH_MAX.
+pub const PATH_MAX_BYTES: usize = 4096;
+/// Symbolic links followed on the way along a path: the kernel's MAXSYMLINKS.
+pub const LINKS_FOLLOWED_MAX: usize = 40;
+/// Bytes of one extension header of a tar: an inode's attributes have at most 256 KiB.
+pub const TAR_EXTENSION_MAX_BYTES: u64 = MIB as u64;
+/// Extension headers in front of one entry.
+pub const TAR_EXTENSIONS_MAX: usize = 16;
+/// Segments of one sparse file.
+pub const TAR_SEGMENTS_MAX: usize = 256 * KIB;
+/// Directories of a walk may be nested so deep.
+pub const BUILD_DEPTH_MAX: usize = 1024;
+/// Names of one file's extended attributes: the kernel's XATTR_LIST_MAX.
+pub const XATTR_LIST_MAX_BYTES: usize = 64 * KIB;

@@ -6,6 +6,7 @@
 
 mod blobs;
 mod bootstraps;
+mod build;
 mod check;
 mod client;
 mod daemon;
@@ -90,6 +91,8 @@ enum Command {
     Inspect(inspect::Options),
     /// Verify an image's structure and the digest of every chunk.
     Check(check::Options),
+    /// Make an image out of a directory.
+    Build(build::Options),
     /// Find out what this machine lacks, and say what to do.
     Doctor(doctor::Options),
     /// Print the version.
@@ -138,6 +141,7 @@ fn dispatch(command: Command) -> Result<Verdict> {
         Command::Stat(options) => stat::run(&options, &mut out),
         Command::Inspect(options) => inspect::run(&options, &mut out),
         Command::Check(options) => check::run(&options, &mut out),
+        Command::Build(options) => build::run(&options, &mut out),
         Command::Doctor(options) => doctor::run(&options, &mut out),
         Command::Version => {
             out.line(concat!("sluice ", env!("CARGO_PKG_VERSION")))?;

@@ -157,7 +157,8 @@ fn with_blob_id(bytes: Vec<u8>, file: &Path) -> Vec<u8> {
     }
 }
 
-fn read_bootstrap(file: &Path) -> Result<Vec<u8>> {
+/// The bytes of a bootstrap file.
+pub fn read_bootstrap(file: &Path) -> Result<Vec<u8>> {
     let failed = |error: &std::io::Error| {
         Error::io(error, format!("cannot read the bootstrap {}", file.display()))
     };

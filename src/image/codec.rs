@@ -31,6 +31,16 @@ impl Compressor {
             _ => Err(unsupported!("compressor {number} (known: none, lz4_block, gzip, zstd)")),
         }
     }
+
+    /// The number that stands for it on disk.
+    pub(super) fn number(self) -> u32 {
+        match self {
+            Compressor::None => 0,
+            Compressor::Lz4Block => 1,
+            Compressor::Gzip => 2,
+            Compressor::Zstd => 3,
+        }
+    }
 }
 
 impl fmt::Display for Compressor {

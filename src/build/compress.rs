@@ -1,0 +1,127 @@
+//! Compressing chunks, with contexts kept from one chunk to the next where that changes nothing.
+//!
+//! The compressed form of a chunk depends on the chunk and the options only, never on what the
+//! thread compressed before: images would differ from run to run otherwise. Two traps:
+//! - zstd's row match finder (levels 4 to 12, by input size) salts its hashes with what an earlier
+//!   use of the context left (`ZSTD_advanceHashSalt`): such levels get a context per chunk.
+//! - lz4_flex's table grows on the first input above 64 KiB and finds other matches from then on.
+
+use super::options::Compression;
+use crate::error::{Error, Result};
+use lz4_flex::block::{CompressTable, compress_into_with_table, get_maximum_output_size};
+
+/// The highest zstd level that uses a fast match finder for every input size.
+const FAST_LEVEL_MAX: i32 = 3;
+/// lz4_flex takes its small table for inputs shorter than this.
+const SMALL_LZ4_BYTES: usize = u16::MAX as usize;
+
+/// Compresses chunks on one thread.
+pub(super) enum Packer {
+    None,
+    /// Tables for short and long inputs.
+    Lz4Block(Box<[CompressTable; 2]>),
+    Zstd(zstd::bulk::Compressor<'static>),
+    ZstdAfresh(i32),
+}
+
+impl Packer {
+    pub(super) fn new(compression: Compression) -> Result<Self> {
+        Ok(match compression {
+            Compression::None => Packer::None,
+            Compression::Lz4Block => {
+                Packer::Lz4Block(Box::new([CompressTable::small(), CompressTable::large()]))
+            }
+            Compression::Zstd(level) if level > FAST_LEVEL_MAX => Packer::ZstdAfresh(level),
+            Compression::Zstd(level) => Packer::Zstd(context(level)?),
+        })
+    }
+
+    /// Writes the compressed form of `plain` into `packed`, from `at` on, and answers its length;
+    /// `None` if it is not shorter than `plain`: then it is stored as it is.
+    pub(super) fn pack(
+        &mut self,
+        plain: &[u8],
+        packed: &mut Vec<u8>,
+        at: usize,
+    ) -> Result<Option<usize>> {
+        let length = match self {
+            Packer::None => return Ok(None),
+            Packer::Lz4Block(tables) => {
+                let table = &mut tables[usize::from(plain.len() >= SMALL_LZ4_BYTES)];
+                let output = room(packed, at, get_maximum_output_size(plain.len()));
+                compress_into_with_table(plain, output, table)
+                    .map_err(|error| malformed!("lz4 cannot compress: {error}"))?
+            }
+            Packer::Zstd(context) => zstd_block(context, plain, packed, at)?,
+            Packer::ZstdAfresh(level) => zstd_block(&mut context(*level)?, plain, packed, at)?,
+        };
+        Ok((length < plain.len()).then_some(length))
+    }
+}
+
+fn context(level: i32) -> Result<zstd::bulk::Compressor<'static>> {
+    zstd::bulk::Compressor::new(level).map_err(|error| Error::io(&error, "no zstd context"))
+}
+
+fn zstd_block(
+    context: &mut zstd::bulk::Compressor<'_>,
+    plain: &[u8],
+    packed: &mut Vec<u8>,
+    at: usize,
+) -> Result<usize> {
+    let output = room(packed, at, zstd::zstd_safe::compress_bound(plain.len()));
+    let length = context.compress_to_buffer(plain, output);
+    length.map_err(|error| Error::io(&error, "zstd cannot compress"))
+}
+
+/// `size` bytes from `at` on, grown if need be; buffers are recycled, so growing is rare.
+fn room(buffer: &mut Vec<u8>, at: usize, size: usize) -> &mut [u8] {
+    if buffer.len() < at + size {
+        buffer.resize(at + size, 0);
+    }
+    &mut buffer[at..at + size]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Text-like bytes of several sizes, all different.
+    fn inputs() -> Vec<Vec<u8>> {
+        let text = |(number, &size): (usize, &usize)| -> Vec<u8> {
+            let word = |at: usize| (at * 7 + number) * (at % 91 + 3) / (number + 2);
+            (0..size).map(|at| b"etaoin shrdlu\n"[word(at / 3) % 14]).collect()
+        };
+        [300_000, 70_000, 20_000, 65_534, 65_535, 9000, 500].iter().enumerate().map(text).collect()
+    }
+
+    #[test]
+    fn packed_form_does_not_depend_on_what_was_packed_before() {
+        let levels = (1..=19).map(Compression::Zstd);
+        for compression in levels.chain([Compression::Lz4Block]) {
+            let pack = |packer: &mut Packer, plain: &[u8]| {
+                let mut packed = Vec::new();
+                let length = packer.pack(plain, &mut packed, 0).unwrap().unwrap();
+                packed[..length].to_vec()
+            };
+            let alone: Vec<_> = inputs()
+                .iter()
+                .map(|plain| pack(&mut Packer::new(compression).unwrap(), plain))
+                .collect();
+            let mut used = Packer::new(compression).unwrap();
+            for _ in 0..3 {
+                for (plain, alone) in inputs().iter().zip(&alone).rev() {
+                    assert!(pack(&mut used, plain) == *alone, "{compression:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_does_not_shrink_is_stored() {
+        for compression in [Compression::None, Compression::Lz4Block, Compression::Zstd(3)] {
+            let mut packer = Packer::new(compression).unwrap();
+            assert_eq!(packer.pack(b"x", &mut Vec::new(), 0), Ok(None));
+        }
+    }
+}
