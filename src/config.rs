@@ -518,3 +518,5 @@ pub const TAR_SEGMENTS_MAX: usize = 256 * KIB;
 pub const BUILD_DEPTH_MAX: usize = 1024;
 /// Names of one file's extended attributes: the kernel's XATTR_LIST_MAX.
 pub const XATTR_LIST_MAX_BYTES: usize = 64 * KIB;
+/// Bytes of a blob read at once while an image is unpacked, unless one unit is longer.
+pub const UNPACK_READ_BYTES: u64 = MIB as u64;

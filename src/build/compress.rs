@@ -1,17 +1,14 @@
-//! Compressing chunks, with contexts kept from one chunk to the next where that changes nothing.
+//! Compressing chunks, with contexts kept from one chunk to the next.
 //!
 //! The compressed form of a chunk depends on the chunk and the options only, never on what the
-//! thread compressed before: images would differ from run to run otherwise. Two traps:
-//! - zstd's row match finder (levels 4 to 12, by input size) salts its hashes with what an earlier
-//!   use of the context left (`ZSTD_advanceHashSalt`): such levels get a context per chunk.
-//! - lz4_flex's table grows on the first input above 64 KiB and finds other matches from then on.
+//! thread compressed before: images would differ from run to run otherwise. zstd promises that of
+//! a context. lz4_flex's table does not keep it: it grows on the first input above 64 KiB and finds
+//! other matches from then on, so short and long inputs have a table each.
 
 use super::options::Compression;
 use crate::error::{Error, Result};
 use lz4_flex::block::{CompressTable, compress_into_with_table, get_maximum_output_size};
 
-/// The highest zstd level that uses a fast match finder for every input size.
-const FAST_LEVEL_MAX: i32 = 3;
 /// lz4_flex takes its small table for inputs shorter than this.
 const SMALL_LZ4_BYTES: usize = u16::MAX as usize;
 
@@ -21,7 +18,6 @@ pub(super) enum Packer {
     /// Tables for short and long inputs.
     Lz4Block(Box<[CompressTable; 2]>),
     Zstd(zstd::bulk::Compressor<'static>),
-    ZstdAfresh(i32),
 }
 
 impl Packer {
@@ -31,8 +27,10 @@ impl Packer {
             Compression::Lz4Block => {
                 Packer::Lz4Block(Box::new([CompressTable::small(), CompressTable::large()]))
             }
-            Compression::Zstd(level) if level > FAST_LEVEL_MAX => Packer::ZstdAfresh(level),
-            Compression::Zstd(level) => Packer::Zstd(context(level)?),
+            Compression::Zstd(level) => {
+                let context = zstd::bulk::Compressor::new(level);
+                Packer::Zstd(context.map_err(|error| Error::io(&error, "no zstd context"))?)
+            }
         })
     }
 
@@ -52,26 +50,15 @@ impl Packer {
                 compress_into_with_table(plain, output, table)
                     .map_err(|error| malformed!("lz4 cannot compress: {error}"))?
             }
-            Packer::Zstd(context) => zstd_block(context, plain, packed, at)?,
-            Packer::ZstdAfresh(level) => zstd_block(&mut context(*level)?, plain, packed, at)?,
+            Packer::Zstd(context) => {
+                let output = room(packed, at, zstd::zstd_safe::compress_bound(plain.len()));
+                context
+                    .compress_to_buffer(plain, output)
+                    .map_err(|error| Error::io(&error, "zstd cannot compress"))?
+            }
         };
         Ok((length < plain.len()).then_some(length))
     }
-}
-
-fn context(level: i32) -> Result<zstd::bulk::Compressor<'static>> {
-    zstd::bulk::Compressor::new(level).map_err(|error| Error::io(&error, "no zstd context"))
-}
-
-fn zstd_block(
-    context: &mut zstd::bulk::Compressor<'_>,
-    plain: &[u8],
-    packed: &mut Vec<u8>,
-    at: usize,
-) -> Result<usize> {
-    let output = room(packed, at, zstd::zstd_safe::compress_bound(plain.len()));
-    let length = context.compress_to_buffer(plain, output);
-    length.map_err(|error| Error::io(&error, "zstd cannot compress"))
 }
 
 /// `size` bytes from `at` on, grown if need be; buffers are recycled, so growing is rare.

@@ -22,6 +22,7 @@ macro_rules! unsupported {
 pub mod builder;
 pub mod options;
 pub mod tree;
+pub mod unpack;
 
 mod bootstrap;
 mod chunks;
@@ -36,6 +37,7 @@ mod scribe;
 mod stream;
 mod tar;
 mod tar_header;
+mod target;
 
 pub use builder::{Blob, BlobRole, Builder, Image, LayerReport, Report};
 pub use options::{Compression, Options, Progress};

@@ -25,6 +25,7 @@ mod stat;
 mod structure;
 mod system;
 mod umount;
+mod unpack;
 mod verify;
 
 pub use daemon::{cores_allowed, parse_cores};
@@ -93,6 +94,8 @@ enum Command {
     Check(check::Options),
     /// Make an image out of a directory.
     Build(build::Options),
+    /// Restore an image into a directory.
+    Unpack(unpack::Options),
     /// Find out what this machine lacks, and say what to do.
     Doctor(doctor::Options),
     /// Print the version.
@@ -142,6 +145,7 @@ fn dispatch(command: Command) -> Result<Verdict> {
         Command::Inspect(options) => inspect::run(&options, &mut out),
         Command::Check(options) => check::run(&options, &mut out),
         Command::Build(options) => build::run(&options, &mut out),
+        Command::Unpack(options) => unpack::run(&options, &mut out),
         Command::Doctor(options) => doctor::run(&options, &mut out),
         Command::Version => {
             out.line(concat!("sluice ", env!("CARGO_PKG_VERSION")))?;
