@@ -10,12 +10,14 @@ use super::chunks::Chunks;
 use super::directory::Walker;
 use super::entry::{Entry, FileData};
 use super::feeder::Feeder;
-use super::options::{Options, Progress};
+use super::gzip_index::GzipReader;
+use super::options::{Compression, Options, Progress};
 use super::pipeline;
 use super::scribe::{BlobFile, Scribe, Tally};
-use super::stream;
+use super::stream::{self, Counted};
 use super::tar::{Archive, FileShape, Member, MemberKind};
 use super::tree::Tree;
+use super::zran;
 use crate::error::{Error, Result};
 use crate::image::inode_writer::xattr_area;
 use crate::image::{BlobId, BlobRecord, Bootstrap};
@@ -30,6 +32,8 @@ use std::time::Instant;
 pub enum BlobRole {
     /// Chunks of a layer, in a file the builder made.
     Data,
+    /// The layer as it came, a tar.gz; the builder made a small blob that says where chunks are.
+    Layer,
     /// A blob of another image that some chunks were found in: it must be in the same repository.
     Foreign,
 }
@@ -43,8 +47,11 @@ pub struct Blob {
     pub role: BlobRole,
     /// The layer it was made from, counted from 0; `None` for foreign ones.
     pub layer: Option<usize>,
-    /// Its file in the output directory; `None` for foreign ones.
+    /// The file in the output directory that was made for it: itself, or the context table of a
+    /// layer that stays as it is. `None` for foreign ones.
     pub path: Option<PathBuf>,
+    /// For a layer that stays as it is: name and size of the blob in that file.
+    pub context: Option<(BlobId, u64)>,
     /// Bytes of the file; of a foreign one, what its image says of it.
     pub size_bytes: u64,
     /// Bytes of its address space.
@@ -152,25 +159,17 @@ impl Builder {
                 superblock.digest_algorithm
             ));
         }
-        let chunks = self.chunks.get_mut().unwrap_or_else(PoisonError::into_inner);
         for blob in bootstrap.blobs() {
             // What is stored otherwise than chunk by chunk needs more than the chunk table says.
             if blob.is_zran() || blob.is_batch() || blob.cipher.is_some() {
                 continue;
             }
             let number = self.records.len() as u16;
+            let chunks = self.chunks.get_mut().unwrap_or_else(PoisonError::into_inner);
             for record in bootstrap.chunks_of(blob.index) {
                 chunks.offer(&record, number)?;
             }
-            self.records.push(blob.clone());
-            self.blobs.push(Blob {
-                id: blob.id.clone(),
-                role: BlobRole::Foreign,
-                layer: None,
-                path: None,
-                size_bytes: blob.compressed_size,
-                uncompressed_bytes: blob.uncompressed_size,
-            });
+            self.push_blob(blob.clone(), BlobRole::Foreign, None, None);
         }
         Ok(())
     }
@@ -184,25 +183,14 @@ impl Builder {
         layer: impl Read,
         progress: &(dyn Fn(Progress) + Sync),
     ) -> Result<LayerReport> {
-        let read = std::sync::atomic::AtomicU64::new(0);
-        let counting = |step: Progress| {
-            read.fetch_add(step.read_bytes, std::sync::atomic::Ordering::Relaxed);
-            progress(step);
-        };
         let mut counts = (0, 0);
-        let mut report = self.add_layer(&counting, |tree, feeder| {
-            let mut archive = Archive::new(stream::open(layer, &counting)?);
-            while let Some(member) = archive.next()? {
-                counts.0 += 1;
-                counts.1 += member.lost_xattrs as u64;
-                take_member(tree, feeder, &mut archive, member)?;
-            }
-            Ok(())
+        let counted = Counted::new(layer, progress);
+        let read = counted.count();
+        let (mut report, started) = self.convert_layer(progress, |tree, feeder| {
+            take_members(tree, feeder, stream::open(counted)?, &mut counts)
         })?;
-        report.read_bytes = read.into_inner();
-        (report.entries, report.lost_xattrs) = counts;
-        self.report.layers.push(report.clone());
-        Ok(report)
+        report.read_bytes = read.get();
+        Ok(self.push_report(report, counts, started))
     }
 
     /// Adds a directory of this host as a layer.
@@ -216,53 +204,123 @@ impl Builder {
     ) -> Result<LayerReport> {
         let read = |bytes| progress(Progress { read_bytes: bytes, written_bytes: 0 });
         let mut counts = (0, 0);
-        let mut report = self.add_layer(progress, |tree, feeder| {
+        let (mut report, started) = self.convert_layer(progress, |tree, feeder| {
             let mut walker = Walker::new(tree, feeder, &read);
             walker.walk(root)?;
             counts = (walker.entry_count, walker.lost_xattrs);
             Ok(())
         })?;
         report.read_bytes = report.data_bytes;
-        (report.entries, report.lost_xattrs) = counts;
-        self.report.layers.push(report.clone());
-        Ok(report)
+        Ok(self.push_report(report, counts, started))
     }
 
-    fn add_layer(
+    /// Adds a gzip layer that stays as it is: its digest becomes the blob's name, and what is
+    /// written is only where its chunks are. The stream is read to its end.
+    ///
+    /// # Errors
+    /// As `add_tar`; `Unsupported` for layers that are no gzip, hold sparse files or can be entered
+    /// too rarely: convert those.
+    pub fn add_gzip_as_is(
         &mut self,
+        layer: impl Read,
+        id: BlobId,
         progress: &(dyn Fn(Progress) + Sync),
-        feed: impl FnOnce(&mut Tree, &mut Feeder) -> Result<()>,
     ) -> Result<LayerReport> {
-        let started = Instant::now();
         let number = self.report.layers.len();
+        let first = pipeline::lock(&self.chunks).len();
+        let table = BlobFile::create(&self.directory, number)?;
+        let counted = Counted::new(layer, progress);
+        let mut reader = GzipReader::new(counted, &self.directory, number)?;
+        let mut counts = (0, 0);
+        let plain = Options { compression: Compression::None, ..self.options.clone() };
+        let run = self.run_layer(&plain, None, progress, |tree, feeder| {
+            feeder.refuse_holes();
+            take_members(tree, feeder, &mut reader, &mut counts)
+        })?;
+        let LayerRun { scribe, started } = run;
+        let mut report = LayerReport::of(&scribe.tally, scribe.chunk_count());
+        report.read_bytes = reader.stored_bytes();
+        let mut index = reader.finish()?;
+        if scribe.chunk_count() > 0 {
+            let chunks = self.chunks.get_mut().unwrap_or_else(PoisonError::into_inner);
+            let indexed =
+                zran::write(&self.options, id, &mut index, &scribe, chunks, first, table)?;
+            let (context, path, size) = indexed.meta;
+            report.blob_bytes = size;
+            self.push_blob(indexed.record, BlobRole::Layer, Some(path), Some((context, size)));
+        }
+        Ok(self.push_report(report, counts, started))
+    }
+
+    /// Feeds a layer through the pipeline.
+    fn run_layer<'a>(
+        &mut self,
+        options: &Options,
+        file: Option<BlobFile>,
+        progress: &'a (dyn Fn(Progress) + Sync),
+        feed: impl FnOnce(&mut Tree, &mut Feeder) -> Result<()>,
+    ) -> Result<LayerRun<'a>> {
+        let started = Instant::now();
         let blob = u16::try_from(self.records.len())
             .map_err(|_| unsupported!("more than {} blobs", u16::MAX))?;
-        let first = pipeline::lock(&self.chunks).len();
-        let file = BlobFile::create(&self.directory, number)?;
-        let mut scribe = Scribe::new(blob, Some(file), progress);
+        let mut scribe = Scribe::new(blob, file, progress);
         let tree = &mut self.tree;
         tree.begin_layer();
         let feed = |feeder: &mut Feeder| feed(tree, feeder);
-        pipeline::run(&self.options, &self.chunks, &mut scribe, feed)?;
-        let mut chunks = pipeline::lock(&self.chunks);
-        chunks.end_layer();
-        let finished = scribe.finish(&self.options, &chunks, first)?;
-        drop(chunks);
+        pipeline::run(options, &self.chunks, &mut scribe, feed)?;
+        pipeline::lock(&self.chunks).end_layer();
+        Ok(LayerRun { scribe, started })
+    }
+
+    /// Feeds a layer whose chunks go into a blob of their own.
+    fn convert_layer(
+        &mut self,
+        progress: &(dyn Fn(Progress) + Sync),
+        feed: impl FnOnce(&mut Tree, &mut Feeder) -> Result<()>,
+    ) -> Result<(LayerReport, Instant)> {
+        let file = BlobFile::create(&self.directory, self.report.layers.len())?;
+        let first = pipeline::lock(&self.chunks).len();
+        let options = self.options.clone();
+        let LayerRun { mut scribe, started } =
+            self.run_layer(&options, Some(file), progress, feed)?;
         let mut report = LayerReport::of(&scribe.tally, scribe.chunk_count());
+        let finished = scribe.finish(&options, &pipeline::lock(&self.chunks), first)?;
         if let Some((record, path)) = finished {
             report.blob_bytes = record.compressed_size;
-            self.blobs.push(Blob {
-                id: record.id.clone(),
-                role: BlobRole::Data,
-                layer: Some(number),
-                path: Some(path),
-                size_bytes: record.compressed_size,
-                uncompressed_bytes: record.uncompressed_size,
-            });
-            self.records.push(record);
+            self.push_blob(record, BlobRole::Data, Some(path), None);
         }
+        Ok((report, started))
+    }
+
+    fn push_blob(
+        &mut self,
+        record: BlobRecord,
+        role: BlobRole,
+        path: Option<PathBuf>,
+        context: Option<(BlobId, u64)>,
+    ) {
+        self.blobs.push(Blob {
+            id: record.id.clone(),
+            role,
+            layer: (role != BlobRole::Foreign).then_some(self.report.layers.len()),
+            path,
+            context,
+            size_bytes: record.compressed_size,
+            uncompressed_bytes: record.uncompressed_size,
+        });
+        self.records.push(record);
+    }
+
+    fn push_report(
+        &mut self,
+        mut report: LayerReport,
+        (entries, lost_xattrs): (u64, u64),
+        started: Instant,
+    ) -> LayerReport {
+        (report.entries, report.lost_xattrs) = (entries, lost_xattrs);
         report.time_ms = started.elapsed().as_millis() as u64;
-        Ok(report)
+        self.report.layers.push(report.clone());
+        report
     }
 
     /// Writes the bootstrap. Blobs no file needs are removed.
@@ -318,11 +376,32 @@ impl LayerReport {
     }
 }
 
-/// Applies a member of a tar and feeds its data.
+/// A layer that has been through the pipeline.
+struct LayerRun<'a> {
+    scribe: Scribe<'a>,
+    started: Instant,
+}
+
+/// Applies the members of a tar and feeds their data; counts entries and lost attributes.
+fn take_members(
+    tree: &mut Tree,
+    feeder: &mut Feeder,
+    tar: impl Read,
+    counts: &mut (u64, u64),
+) -> Result<()> {
+    let mut archive = Archive::new(tar);
+    while let Some(member) = archive.next()? {
+        counts.0 += 1;
+        counts.1 += member.lost_xattrs as u64;
+        take_member(tree, feeder, &mut archive, member)?;
+    }
+    Ok(())
+}
+
 fn take_member(
     tree: &mut Tree,
     feeder: &mut Feeder,
-    archive: &mut Archive<Box<dyn Read + '_>>,
+    archive: &mut Archive<impl Read>,
     member: Member,
 ) -> Result<()> {
     let Member { path, attributes, kind, .. } = member;
@@ -345,7 +424,7 @@ fn take_member(
 
 fn take_data(
     feeder: &mut Feeder,
-    archive: &mut Archive<Box<dyn Read + '_>>,
+    archive: &mut Archive<impl Read>,
     shape: &FileShape,
 ) -> Result<FileData> {
     let data = feeder.begin(shape.size)?;

@@ -128,6 +128,12 @@ impl Chunks {
         &self.chunks[first..]
     }
 
+    /// Says where the stored form of a chunk is, if its layer did not know when it was made.
+    pub(super) fn set_stored(&mut self, at: usize, (offset, size): (u64, u32)) {
+        self.chunks[at].compressed_offset = offset;
+        self.chunks[at].compressed_size = size;
+    }
+
     /// Forgets the claims of a layer: all of them have become chunks, or the layer failed.
     pub(super) fn end_layer(&mut self) {
         self.claims = HashMap::new();

@@ -81,6 +81,8 @@ pub(super) struct Feeder {
     open: (usize, usize),
     /// Where the open piece is in the layer.
     source_offset: u64,
+    /// Zeros that are not in the layer cannot be chunks of it.
+    refuses_holes: bool,
 }
 
 impl Feeder {
@@ -102,7 +104,13 @@ impl Feeder {
             left: 0,
             open: (0, 0),
             source_offset: 0,
+            refuses_holes: false,
         }
+    }
+
+    /// From now on every byte of a file must be in the layer.
+    pub(super) fn refuse_holes(&mut self) {
+        self.refuses_holes = true;
     }
 
     /// Begins a file. Exactly `size` bytes must follow, by `bytes` and `zeros`.
@@ -148,6 +156,11 @@ impl Feeder {
 
     /// Takes `count` zero bytes as the next of the file.
     pub(super) fn zeros(&mut self, count: u64) -> Result<()> {
+        if self.refuses_holes && count > 0 {
+            return Err(unsupported!(
+                "a sparse file in a layer that is to stay as it is: convert the layer instead"
+            ));
+        }
         let mut rest = count;
         while rest > 0 {
             let whole = self.chunk_size as u64;

@@ -30,6 +30,7 @@ mod compress;
 mod directory;
 mod entry;
 mod feeder;
+mod gzip_index;
 mod numbering;
 mod pax;
 mod pipeline;
@@ -38,6 +39,7 @@ mod stream;
 mod tar;
 mod tar_header;
 mod target;
+mod zran;
 
 pub use builder::{Blob, BlobRole, Builder, Image, LayerReport, Report};
 pub use options::{Compression, Options, Progress};

@@ -214,14 +214,12 @@ pub(super) struct BlobFile {
 impl BlobFile {
     /// Starts a blob in a directory; `number` tells those of one build apart.
     pub(super) fn create(directory: &Path, number: usize) -> Result<Self> {
-        let path = directory.join(format!(".blob-{number}.partial"));
-        let file = File::create(&path)
-            .map_err(|error| Error::io(&error, format!("cannot create {}", path.display())))?;
+        let partial = Partial::new(directory.join(format!(".blob-{number}.partial")));
         Ok(BlobFile {
-            out: BufWriter::with_capacity(BUILD_WRITE_BYTES, file),
+            out: BufWriter::with_capacity(BUILD_WRITE_BYTES, partial.create()?),
             hasher: sha2::Sha256::new(),
             size: 0,
-            partial: Partial(path),
+            partial,
         })
     }
 
@@ -252,6 +250,28 @@ impl BlobFile {
         self.write(&record.context_header(contexts)[..])
     }
 
+    /// The same for a table too large to be held: `copy` writes its `size` bytes.
+    pub(super) fn stream_context_table(
+        &mut self,
+        record: &mut BlobRecord,
+        size: u64,
+        copy: impl FnOnce(&mut dyn Write) -> std::io::Result<()>,
+        contexts: (u64, u64, u32),
+    ) -> Result<()> {
+        let start = self.size;
+        let packed = (|| {
+            let mut encoder = zstd::stream::write::Encoder::new(&mut *self, TABLE_LEVEL)?;
+            encoder.set_pledged_src_size(Some(size))?;
+            copy(&mut encoder)?;
+            encoder.finish().map(drop)
+        })();
+        packed.map_err(|error| self.partial.failed(&error))?;
+        record.ci_offset = start;
+        record.ci_compressed_size = self.size - start;
+        record.ci_uncompressed_size = size;
+        self.write(&record.context_header(contexts)[..])
+    }
+
     /// Gives the blob its name: the digest of its bytes.
     pub(super) fn finish(mut self) -> Result<(BlobId, PathBuf)> {
         self.out.flush().map_err(|error| self.partial.failed(&error))?;
@@ -267,11 +287,35 @@ impl BlobFile {
     }
 }
 
+impl Write for &mut BlobFile {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.hasher.update(bytes);
+        self.size += bytes.len() as u64;
+        self.out.write_all(bytes).map(|()| bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        self.out.flush()
+    }
+}
+
 /// A file that goes away unless it has been renamed.
-struct Partial(PathBuf);
+pub(super) struct Partial(PathBuf);
 
 impl Partial {
-    fn failed(&self, error: &std::io::Error) -> Error {
+    pub(super) fn new(path: PathBuf) -> Self {
+        Partial(path)
+    }
+
+    /// Makes the file, for writing and reading.
+    pub(super) fn create(&self) -> Result<File> {
+        let mut options = File::options();
+        options.read(true).write(true).create(true).truncate(true);
+        options.open(&self.0).map_err(|error| self.failed(&error))
+    }
+
+    /// An error about the file.
+    pub(super) fn failed(&self, error: &std::io::Error) -> Error {
         Error::io(error, format!("cannot write {}", self.0.display()))
     }
 }

@@ -3,7 +3,9 @@
 use super::options::Progress;
 use crate::config::BUILD_READ_BYTES;
 use crate::error::{Error, Result};
+use std::cell::Cell;
 use std::io::{BufReader, Read};
+use std::rc::Rc;
 
 const GZIP_MAGIC: &[u8] = &[0x1f, 0x8b];
 const ZSTD_MAGIC: &[u8] = &[0x28, 0xb5, 0x2f, 0xfd];
@@ -11,13 +13,9 @@ const ZSTD_MAGIC: &[u8] = &[0x28, 0xb5, 0x2f, 0xfd];
 const ZSTD_WINDOW_LOG_MAX: u32 = 27;
 
 /// The tar inside a layer: plain, gzip or zstd.
-pub(super) fn open<'a>(
-    layer: impl Read + 'a,
-    progress: &'a (dyn Fn(Progress) + Sync),
-) -> Result<Box<dyn Read + 'a>> {
-    let mut counted = Counted { layer, progress };
-    let front = front(&mut counted).map_err(|error| unreadable(&error))?;
-    let whole = std::io::Cursor::new(front.clone()).chain(counted);
+pub(super) fn open<'a>(mut layer: impl Read + 'a) -> Result<Box<dyn Read + 'a>> {
+    let front = front(&mut layer).map_err(|error| unreadable(&error))?;
+    let whole = std::io::Cursor::new(front.clone()).chain(layer);
     let buffered = BufReader::with_capacity(BUILD_READ_BYTES, whole);
     if front.starts_with(GZIP_MAGIC) {
         return Ok(Box::new(flate2::bufread::MultiGzDecoder::new(buffered)));
@@ -42,16 +40,29 @@ fn front(layer: &mut impl Read) -> std::io::Result<Vec<u8>> {
     Ok(front)
 }
 
-/// Reports what is read.
-struct Counted<'a, R> {
+/// Counts and reports what is read.
+pub(super) struct Counted<'a, R> {
     layer: R,
+    count: Rc<Cell<u64>>,
     progress: &'a (dyn Fn(Progress) + Sync),
+}
+
+impl<'a, R: Read> Counted<'a, R> {
+    pub(super) fn new(layer: R, progress: &'a (dyn Fn(Progress) + Sync)) -> Self {
+        Counted { layer, count: Rc::default(), progress }
+    }
+
+    /// How many bytes have been read, now and later.
+    pub(super) fn count(&self) -> Rc<Cell<u64>> {
+        Rc::clone(&self.count)
+    }
 }
 
 impl<R: Read> Read for Counted<'_, R> {
     fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
-        let count = self.layer.read(buffer)?;
-        (self.progress)(Progress { read_bytes: count as u64, written_bytes: 0 });
-        Ok(count)
+        let count = self.layer.read(buffer)? as u64;
+        self.count.set(self.count.get() + count);
+        (self.progress)(Progress { read_bytes: count, written_bytes: 0 });
+        Ok(count as usize)
     }
 }

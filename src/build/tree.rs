@@ -193,7 +193,8 @@ impl Tree {
             Entry::File(attributes, data) => (attributes, Content::File(data)),
             Entry::Link(attributes, target) => {
                 check_link_target(&target)?;
-                (attributes, Content::Link(target.into()))
+                // Whatever an archiver wrote, Linux has no other mode for links.
+                (Attributes { permissions: 0o777, ..attributes }, Content::Link(target.into()))
             }
             Entry::Device(attributes, kind, major, minor) => {
                 check_device(major, minor)?;

@@ -183,12 +183,12 @@ impl fmt::Debug for Codec {
 }
 
 /// Checksum and length of the plain bytes.
-const GZIP_TRAILER_BYTES: usize = 8;
+pub const GZIP_TRAILER_BYTES: usize = 8;
 const GZIP_FIXED_BYTES: usize = 10;
 const GZIP_MAGIC: [u8; 3] = [0x1f, 0x8b, 8];
 
 /// The length of the gzip header at the start of `input` (RFC 1952, section 2.3).
-fn gzip_header_bytes(input: &[u8]) -> Result<usize> {
+pub fn gzip_header_bytes(input: &[u8]) -> Result<usize> {
     let fields = input.get(..GZIP_FIXED_BYTES).filter(|fixed| fixed.starts_with(&GZIP_MAGIC));
     let Some(fields) = fields else {
         return Err(malformed!("no gzip header where a member starts"));
