@@ -96,7 +96,7 @@ pub struct Report {
     pub chunks: u64,
     /// Bytes of the bootstrap.
     pub bootstrap_bytes: u64,
-    /// Bytes of the blob files made for it.
+    /// Bytes of the blob files made for it, context tables of layers that stay among them.
     pub blob_bytes: u64,
     /// Milliseconds from the builder's start.
     pub time_ms: u64,
@@ -328,9 +328,8 @@ impl Builder {
         let chunks = std::mem::take(&mut self.chunks);
         let chunks = chunks.into_inner().unwrap_or_else(PoisonError::into_inner);
         let written = bootstrap::write(&self.options, &mut self.tree, &chunks, &self.records)?;
-        let mut made = std::mem::take(&mut self.blobs).into_iter().enumerate();
         let mut blobs = Vec::new();
-        for (number, blob) in &mut made {
+        for (number, blob) in std::mem::take(&mut self.blobs).into_iter().enumerate() {
             match written.blobs.contains(&(number as u16)) {
                 true => blobs.push(blob),
                 false => remove(&blob),
@@ -341,11 +340,12 @@ impl Builder {
         report.data_bytes = written.data_bytes;
         report.chunks = written.chunk_count;
         report.bootstrap_bytes = written.bytes.len() as u64;
-        report.blob_bytes = blobs
-            .iter()
-            .filter(|blob| blob.role == BlobRole::Data)
-            .map(|blob| blob.size_bytes)
-            .sum();
+        let made = |blob: &Blob| match (blob.role, &blob.context) {
+            (BlobRole::Data, _) => blob.size_bytes,
+            (_, Some((_, size))) => *size,
+            _ => 0,
+        };
+        report.blob_bytes = blobs.iter().map(made).sum();
         report.time_ms = self.started.elapsed().as_millis() as u64;
         Ok(Image { bootstrap: written.bytes, blobs, report })
     }
