@@ -500,8 +500,9 @@ pub const BUILD_IN_FLIGHT_BYTES: usize = 128 * MIB;
 pub const BUILD_WRITE_BYTES: usize = 256 * KIB;
 /// What is read of a layer at once.
 pub const BUILD_READ_BYTES: usize = 256 * KIB;
-/// Chunks of file data in all files of an image: as many entries of 8 bytes fill a bootstrap.
-pub const BUILD_REFERENCES_MAX: usize = BOOTSTRAP_MAX_BYTES / 8;
+/// Chunks of file data in all files of an image, duplicates included: 64 GiB in chunks of 4 KiB, or
+/// 16 TiB of 1 MiB. A tar of one block can claim a hole of any size; this bounds what it costs.
+pub const BUILD_REFERENCES_MAX: usize = 1 << 24;
 /// Files of all layers of an image, those that later layers replace included.
 pub const BUILD_INODES_MAX: usize = 1 << 24;
 /// Bytes of a path in a layer: the kernel's PATH_MAX.

@@ -38,7 +38,11 @@ mod scribe;
 mod stream;
 mod tar;
 mod tar_header;
+#[cfg(test)]
+mod tar_tests;
 mod target;
+#[cfg(test)]
+mod tree_tests;
 mod zran;
 
 pub use builder::{Blob, BlobRole, Builder, Image, LayerReport, Report};
