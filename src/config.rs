@@ -515,8 +515,8 @@ pub const TAR_EXTENSION_MAX_BYTES: u64 = MIB as u64;
 pub const TAR_EXTENSIONS_MAX: usize = 16;
 /// Segments of one sparse file.
 pub const TAR_SEGMENTS_MAX: usize = 256 * KIB;
-/// Directories of a walk may be nested so deep.
-pub const BUILD_DEPTH_MAX: usize = 1024;
+/// Directories of a walk may be nested so deep: each holds a descriptor, of 1024 by default.
+pub const BUILD_DEPTH_MAX: usize = 512;
 /// Names of one file's extended attributes: the kernel's XATTR_LIST_MAX.
 pub const XATTR_LIST_MAX_BYTES: usize = 64 * KIB;
 /// Bytes of a blob read at once while an image is unpacked, unless one unit is longer.

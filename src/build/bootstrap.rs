@@ -6,7 +6,7 @@
 
 use super::chunks::{Chunk, Chunks};
 use super::entry::FileData;
-use super::numbering::{Numbering, Place, fields, xattrs_of};
+use super::numbering::{FIRST_INODE, Numbering, Place, fields, xattrs_of};
 use super::options::Options;
 use super::tree::{Content, Tree};
 use crate::config::{BLOBS_PER_IMAGE_MAX, BOOTSTRAP_MAX_BYTES};
@@ -129,7 +129,8 @@ impl Draft<'_> {
         let block = BLOCK_BYTES;
         let blob_table = (SLOTS_OFFSET + blob_count * DEVICE_SLOT_BYTES).next_multiple_of(block);
         let prefetch_table = blob_table + blob_count * BLOB_RECORD_BYTES;
-        let meta = (prefetch_table + prefetch.len() * 4).next_multiple_of(block);
+        let inodes = (prefetch_table + prefetch.len() * 4).next_multiple_of(block);
+        let meta = inodes - FIRST_INODE as usize;
         let directories = (meta as u64 + self.numbering.inode_bytes).next_multiple_of(block as u64);
         let chunk_table = directories + u64::from(self.numbering.block_count) * block as u64;
         let chunk_bytes = self.uses.chunk_count as u64 * CHUNK_RECORD_BYTES as u64;
@@ -151,7 +152,7 @@ impl Draft<'_> {
             block_count += record.uncompressed_size / block as u64;
         }
         out.extend(prefetch.iter().flat_map(|nid| nid.to_le_bytes()));
-        out.resize(meta, 0);
+        out.resize(inodes, 0);
         self.write_inodes(&mut out, meta, (directories / block as u64) as u32)?;
         assert_eq!(out.len() as u64, chunk_table, "inodes and directories fill what was planned");
         self.write_chunks(&mut out);
@@ -195,8 +196,9 @@ impl Draft<'_> {
     /// Inodes with what is behind them, then the blocks of directories, which start at
     /// `first_block` of the bootstrap.
     fn write_inodes(&self, out: &mut Vec<u8>, meta: usize, first_block: u32) -> Result<()> {
-        let mut blocks = Vec::new();
-        for (number, place) in self.numbering.places.iter().enumerate() {
+        let mut blocks = vec![0; self.numbering.block_count as usize * BLOCK_BYTES];
+        for number in self.numbering.by_offset() {
+            let place = &self.numbering.places[number as usize];
             let node = self.tree.node(place.inode);
             out.resize(meta + place.offset as usize, 0);
             let xattrs = xattrs_of(node)?;
@@ -208,7 +210,7 @@ impl Draft<'_> {
                 WrittenLayout::Chunked => chunk_format(self.kernel_chunk_bytes(place, file)),
                 _ => first_block + place.first_block,
             };
-            fields(node, place, address, number as u32, xattrs.len()).write(out);
+            fields(node, place, address, number, xattrs.len()).write(out);
             out.extend(xattrs);
             match &node.content {
                 Content::File(_) => {
@@ -276,13 +278,13 @@ impl Draft<'_> {
 /// Five bits of log2, of blocks.
 const KERNEL_CHUNK_MAX: u64 = (BLOCK_BYTES as u64) << 31;
 
-/// Whole blocks to the blocks, the rest behind the inode, or all of it to the blocks.
-fn write_flat(place: &Place, data: &[u8], out: &mut Vec<u8>, blocks: &mut Vec<u8>) {
+/// Whole blocks to their place among the blocks, the rest behind the inode; or all of it.
+fn write_flat(place: &Place, data: &[u8], out: &mut Vec<u8>, blocks: &mut [u8]) {
     let whole = match place.layout {
         WrittenLayout::Inline => data.len() / BLOCK_BYTES * BLOCK_BYTES,
         _ => data.len(),
     };
-    blocks.extend(&data[..whole]);
-    blocks.resize(blocks.len().next_multiple_of(BLOCK_BYTES), 0);
+    let start = place.first_block as usize * BLOCK_BYTES;
+    blocks[start..start + whole].copy_from_slice(&data[..whole]);
     out.extend(&data[whole..]);
 }

@@ -2,21 +2,18 @@
 //!
 //! The compressed form of a chunk depends on the chunk and the options only, never on what the
 //! thread compressed before: images would differ from run to run otherwise. zstd promises that of
-//! a context. lz4_flex's table does not keep it: it grows on the first input above 64 KiB and finds
-//! other matches from then on, so short and long inputs have a table each.
+//! a context, and the test here checks it.
+//!
+//! LZ4 is compressed by the reference library: a root file system came out 0.5 % smaller and in
+//! less time than with lz4_flex, which decodes (hostile input is no place for C).
 
 use super::options::Compression;
 use crate::error::{Error, Result};
-use lz4_flex::block::{CompressTable, compress_into_with_table, get_maximum_output_size};
-
-/// lz4_flex takes its small table for inputs shorter than this.
-const SMALL_LZ4_BYTES: usize = u16::MAX as usize;
 
 /// Compresses chunks on one thread.
 pub(super) enum Packer {
     None,
-    /// Tables for short and long inputs.
-    Lz4Block(Box<[CompressTable; 2]>),
+    Lz4Block,
     Zstd(zstd::bulk::Compressor<'static>),
 }
 
@@ -24,9 +21,7 @@ impl Packer {
     pub(super) fn new(compression: Compression) -> Result<Self> {
         Ok(match compression {
             Compression::None => Packer::None,
-            Compression::Lz4Block => {
-                Packer::Lz4Block(Box::new([CompressTable::small(), CompressTable::large()]))
-            }
+            Compression::Lz4Block => Packer::Lz4Block,
             Compression::Zstd(level) => {
                 let context = zstd::bulk::Compressor::new(level);
                 Packer::Zstd(context.map_err(|error| Error::io(&error, "no zstd context"))?)
@@ -44,11 +39,11 @@ impl Packer {
     ) -> Result<Option<usize>> {
         let length = match self {
             Packer::None => return Ok(None),
-            Packer::Lz4Block(tables) => {
-                let table = &mut tables[usize::from(plain.len() >= SMALL_LZ4_BYTES)];
-                let output = room(packed, at, get_maximum_output_size(plain.len()));
-                compress_into_with_table(plain, output, table)
-                    .map_err(|error| malformed!("lz4 cannot compress: {error}"))?
+            Packer::Lz4Block => {
+                let failed = |error| Error::io(&error, "lz4 cannot compress");
+                let bound = lz4::block::compress_bound(plain.len()).map_err(failed)?;
+                let output = room(packed, at, bound);
+                lz4::block::compress_to_buffer(plain, None, false, output).map_err(failed)?
             }
             Packer::Zstd(context) => {
                 let output = room(packed, at, zstd::zstd_safe::compress_bound(plain.len()));

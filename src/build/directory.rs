@@ -1,6 +1,6 @@
 //! A directory of the host as a layer.
 //!
-//! Walks by ascending names, never follows a link and never changes anything. Files are opened
+//! Walks in an order that depends on names only, never follows a link and never changes anything. Files are opened
 //! relative to their directory; one that changes its size while it is read is an error that names
 //! it. Holes of sparse files are not read.
 
@@ -58,18 +58,7 @@ impl<'a> Walker<'a> {
         if depth > BUILD_DEPTH_MAX {
             return Err(unsupported!("directories nested more than {BUILD_DEPTH_MAX} deep"));
         }
-        let mut names = Vec::new();
-        let listing =
-            fs::Dir::read_from(&directory).map_err(|errno| failed(errno, "list", path))?;
-        for entry in listing {
-            let entry = entry.map_err(|errno| failed(errno, "list", path))?;
-            let name = entry.file_name().to_bytes();
-            if name != b"." && name != b".." {
-                names.push(name.to_vec());
-            }
-        }
-        names.sort_unstable();
-        for name in names {
+        for (_, name) in names(&directory, path)? {
             let length = path.len();
             if !path.is_empty() {
                 path.push(b'/');
@@ -213,6 +202,33 @@ impl<'a> Walker<'a> {
         xattrs.sort();
         Ok(xattrs.into())
     }
+}
+
+/// The names in a directory: files before directories, both ascending. What is started touches
+/// files of one directory together, and so they lie together in the blob: traced starts of shells,
+/// perl, python and apt took the fewest requests in this order, of seven (by depth, by breadth,
+/// small files apart, by extension); a request brings what follows, up to a MiB.
+fn names(directory: &OwnedFd, path: &[u8]) -> Result<Vec<(bool, Vec<u8>)>> {
+    let mut names = Vec::new();
+    let listing = fs::Dir::read_from(directory).map_err(|errno| failed(errno, "list", path))?;
+    for entry in listing {
+        let entry = entry.map_err(|errno| failed(errno, "list", path))?;
+        let name = entry.file_name().to_bytes();
+        if name == b"." || name == b".." {
+            continue;
+        }
+        let kind = match entry.file_type() {
+            FileType::Unknown => {
+                let stat = fs::statat(directory, name, AtFlags::SYMLINK_NOFOLLOW)
+                    .map_err(|errno| failed(errno, "examine", path))?;
+                FileType::from_raw_mode(stat.st_mode)
+            }
+            kind => kind,
+        };
+        names.push((kind == FileType::Directory, name.to_vec()));
+    }
+    names.sort_unstable();
+    Ok(names)
 }
 
 fn attributes(stat: &Stat, xattrs: Box<[Xattr]>) -> Attributes {

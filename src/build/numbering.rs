@@ -4,7 +4,7 @@
 //! with what belongs behind it. Rules that readers enforce and that are kept here:
 //! - the root's number is not 0 and fits 16 bits;
 //! - data behind an inode does not cross a block: where it would, the inode moves on to the next
-//!   block, or its data does, whichever leaves less unused.
+//!   block, and later inodes fill the gap; what no block can hold has blocks of its own.
 
 use super::entry::FileData;
 use super::tree::{Child, Content, InodeId, Node, Tree};
@@ -16,14 +16,14 @@ use crate::image::superblock::BLOCK_BYTES;
 
 /// Inode numbers count in units of this many bytes.
 const SLOT_BYTES: u64 = 32;
-/// The first block of the inode area is left empty, so that no inode has number 0.
-const FIRST_INODE: u64 = BLOCK_BYTES as u64;
+/// Numbers count from a block before the inodes, so that none has number 0.
+pub(super) const FIRST_INODE: u64 = BLOCK_BYTES as u64;
 
 /// The place of one inode.
 #[derive(Clone, Debug)]
 pub(super) struct Place {
     pub(super) inode: InodeId,
-    /// Offset in the inode area, a multiple of 32.
+    /// Offset from where numbers count, a multiple of 32.
     pub(super) offset: u64,
     /// Bytes of data, of a file or of a directory as it will be written.
     pub(super) size: u64,
@@ -37,16 +37,21 @@ pub(super) struct Place {
 
 /// The places of all inodes of a tree.
 pub(super) struct Numbering {
-    /// In the order of their offsets.
+    /// In the order of their running numbers.
     pub(super) places: Vec<Place>,
     /// Position in `places` by inode; `NOWHERE` for inodes without a name.
     positions: Vec<u32>,
-    /// End of the inode area.
+    /// End of the inode area, counted from where numbers do.
     pub(super) inode_bytes: u64,
     /// Blocks of directories and long links.
     pub(super) block_count: u32,
     pub(super) has_xattrs: bool,
+    /// Room that inodes left when they moved on to the next block: offset and size.
+    gaps: Vec<(u64, u64)>,
 }
+
+/// Gaps remembered; more than a few are never open at once, as most inodes are small.
+const GAPS_MAX: usize = 64;
 
 const NOWHERE: u32 = u32::MAX;
 
@@ -59,12 +64,20 @@ impl Numbering {
             inode_bytes: FIRST_INODE,
             block_count: 0,
             has_xattrs: false,
+            gaps: Vec::new(),
         };
         numbering.visit(tree);
         for at in 0..numbering.places.len() {
             numbering.place(tree, at, chunk_size)?;
         }
         Ok(numbering)
+    }
+
+    /// Positions in `places` by ascending offset.
+    pub(super) fn by_offset(&self) -> Vec<u32> {
+        let mut order: Vec<u32> = (0..self.places.len() as u32).collect();
+        order.sort_unstable_by_key(|&at| self.places[at as usize].offset);
+        order
     }
 
     /// The number of an inode that has a name.
@@ -156,13 +169,10 @@ impl Numbering {
         let block = BLOCK_BYTES as u64;
         let (whole, tail) = (place.size / block, place.size % block);
         let start = self.inode_bytes % block;
-        let fits_here = start + head + tail <= block;
-        // What moving the inode on leaves unused, and what a block of its own does.
-        let cheaper_next = head + tail <= block && block - start <= block - tail;
         place.first_block = self.block_count;
-        if tail > 0 && (fits_here || cheaper_next) {
-            if !fits_here {
-                self.inode_bytes = self.inode_bytes.next_multiple_of(block);
+        if tail > 0 && head + tail <= block {
+            if self.gap_for(head + tail).is_none() && start + head + tail > block {
+                self.leave_gap(block - start);
             }
             place.layout = WrittenLayout::Inline;
             self.block_count += whole as u32;
@@ -174,8 +184,40 @@ impl Numbering {
     }
 
     fn take(&mut self, place: &mut Place, bytes: u64) {
-        place.offset = self.inode_bytes;
-        self.inode_bytes = (self.inode_bytes + bytes).next_multiple_of(SLOT_BYTES);
+        let bytes = bytes.next_multiple_of(SLOT_BYTES);
+        match self.gap_for(bytes) {
+            Some(at) => {
+                let (offset, size) = &mut self.gaps[at];
+                place.offset = *offset;
+                *offset += bytes;
+                *size -= bytes;
+                if *size == 0 {
+                    self.gaps.remove(at);
+                }
+            }
+            None => {
+                place.offset = self.inode_bytes;
+                self.inode_bytes += bytes;
+            }
+        }
+    }
+
+    /// The smallest gap that has so many bytes.
+    fn gap_for(&self, bytes: u64) -> Option<usize> {
+        let fitting = self.gaps.iter().enumerate().filter(|(_, (_, size))| *size >= bytes);
+        fitting.min_by_key(|(_, (_, size))| *size).map(|(at, _)| at)
+    }
+
+    /// Goes on to the next block, `size` bytes away.
+    fn leave_gap(&mut self, size: u64) {
+        if self.gaps.len() == GAPS_MAX {
+            let smallest = self.gaps.iter().enumerate().min_by_key(|(_, (_, size))| *size);
+            if let Some((at, _)) = smallest {
+                self.gaps.remove(at);
+            }
+        }
+        self.gaps.push((self.inode_bytes, size));
+        self.inode_bytes += size;
     }
 }
 
