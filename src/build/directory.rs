@@ -1,8 +1,8 @@
 //! A directory of the host as a layer.
 //!
-//! Walks in an order that depends on names only, never follows a link and never changes anything. Files are opened
-//! relative to their directory; one that changes its size while it is read is an error that names
-//! it. Holes of sparse files are not read.
+//! Walks in an order that depends on names only, never follows a link and never changes anything.
+//! Files are opened relative to their directory; one that changes its size while it is read is an
+//! error that names it. Holes of sparse files are not read.
 
 use super::entry::{Attributes, Entry, Xattr};
 use super::feeder::Feeder;

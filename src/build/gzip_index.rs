@@ -2,8 +2,9 @@
 //!
 //! Gives the plain bytes through `Read`, member after member, checksums included. On the way it
 //! collects *borders* (pairs of plain and stored offsets where blocks meet, at least
-//! `BORDER_STEP_BYTES` of plain bytes apart) and *entries*: borders, about a MiB apart, whose window
-//! is kept, so that a reader can begin there. Windows go to a file: they are 3 % of the layer.
+//! `BORDER_STEP_BYTES` of plain bytes apart) and *entries*: borders, about a MiB apart, whose
+//! window is kept, so that a reader can begin there. Windows go to a file: they are 3 % of the
+//! layer.
 
 use super::scribe::Partial;
 use crate::config::{BUILD_READ_BYTES, DEFLATE_DICTIONARY_MAX_BYTES};
