@@ -17,7 +17,9 @@ use sluice::error::{Error, Result};
 use sluice::image::layer::read_bootstrap;
 use sluice::image::manifest::{Document, Platform};
 use sluice::image::toc::{BOOTSTRAP_NAME, TAIL_BYTES, Tail};
-use sluice::image::{BlobId, Bootstrap, ChunkIndex, ContextTable, Decoder, Layout};
+use sluice::image::{
+    BlobId, Bootstrap, ChunkIndex, ContextTable, Decoder, KernelView, Layout, Segmentation,
+};
 use sluice::registry::auth::{Challenge, parse_challenges, parse_token};
 use sluice::registry::config::Backend;
 use sluice::registry::credentials::DockerConfig;
@@ -28,6 +30,8 @@ use sluice::registry::redirects::life_ns;
 use sluice::registry::reference::Reference;
 use sluice::registry::timestamp::parse_retry_after_ms;
 use sluice::upcall::cachefiles::{open_fd, parse as parse_message};
+use sluice::upcall::fanotify::parse as parse_events;
+use sluice::upcall::mountinfo;
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
@@ -40,12 +44,40 @@ const POOL_MAX: usize = 4000;
 /// Mutated inputs do not grow beyond.
 const INPUT_MAX_BYTES: usize = 1 << 20;
 
-#[test]
-fn bootstraps() {
+fn fixture_bootstraps() -> Vec<Vec<u8>> {
     let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
     let images = ["lz4-1m", "zstd-64k", "zran"];
-    let seeds = images.map(|name| std::fs::read(fixtures.join(name).join("image.boot")).unwrap());
-    fuzz("bootstrap", seeds.into(), |input| walk(&Bootstrap::parse(input)?));
+    images.map(|name| std::fs::read(fixtures.join(name).join("image.boot")).unwrap()).into()
+}
+
+#[test]
+fn bootstraps() {
+    fuzz("bootstrap", fixture_bootstraps(), |input| walk(&Bootstrap::parse(input)?));
+}
+
+/// What the kernel would mount is no larger than it says, and every chunk is in a segment.
+#[test]
+fn views() {
+    let seeds = [fixture_bootstraps(), corpus("bootstrap")].concat();
+    fuzz("view", seeds, |input| {
+        let bootstrap = Bootstrap::parse(input)?;
+        let segmentations = Segmentation::of_image(&bootstrap)?;
+        for (blob, cut) in segmentations.iter().enumerate() {
+            for chunk in bootstrap.chunks_of(blob as u32) {
+                let segment = cut.segment(cut.place_of(chunk.index).expect("it is listed"));
+                let end = chunk.uncompressed_offset + u64::from(chunk.uncompressed_size);
+                assert!(segment.base <= chunk.uncompressed_offset);
+                assert!(end <= segment.base + segment.size);
+            }
+        }
+        let view = KernelView::derive(&bootstrap, &segmentations)?;
+        let devices = segmentations.iter().map(Segmentation::count).sum::<u32>();
+        assert_eq!(view.devices.len(), devices as usize);
+        assert!(view.metadata.len().is_multiple_of(4096));
+        let blocks = u32::from_le_bytes(view.metadata[1060..1064].try_into().unwrap());
+        assert_eq!(blocks as usize * 4096, view.metadata.len());
+        Ok(())
+    });
 }
 
 #[test]
@@ -228,6 +260,22 @@ fn messages() {
     fuzz("message", vec![read, open], |input| {
         let _ = open_fd(input);
         parse_message(input).map(drop)
+    });
+}
+
+/// What a fanotify group says, and the kernel's list of mounts.
+#[test]
+fn events() {
+    let mut event = Vec::new();
+    for field in [48u32, 3 | 24 << 16, 0x10_0000, 0, 9, 77, 6 | 24 << 16, 0, 4096, 0, 65536, 0] {
+        event.extend(field.to_ne_bytes());
+    }
+    let line = b"40 22 0:40 / /mnt/a\\040b ro shared:7 - erofs none ro,fsid=demo\n";
+    fuzz("event", vec![event.repeat(3), event, line.to_vec()], |input| {
+        mountinfo::parse(input);
+        let events = parse_events(input).collect::<Result<Vec<_>>>()?;
+        assert!(events.iter().all(|event| event.range.start <= event.range.end));
+        Ok(())
     });
 }
 

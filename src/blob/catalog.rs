@@ -203,6 +203,11 @@ impl Catalog {
         domains.values().flat_map(|domain| domain.images.values().cloned()).collect()
     }
 
+    /// A registered image.
+    pub fn image(&self, domain_id: &str, id: &str) -> Option<Arc<Image>> {
+        self.lock().get(domain_id)?.images.get(id).cloned()
+    }
+
     fn check_free(&self, domain_id: &str, id: &str) -> Result<()> {
         let domains = self.lock();
         let count: usize = domains.values().map(|domain| domain.images.len()).sum();

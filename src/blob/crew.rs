@@ -8,7 +8,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use super::catalog::Catalog;
-use super::flight::{FlightId, Flights, RemoteWaiter};
+use super::flight::{FlightId, Flights, Plan, RemoteWaiter};
 use super::journal::{Journal, Level};
 use super::map::ChunkState;
 use super::open::OpenBlob;
@@ -63,7 +63,12 @@ pub struct CrewParts {
     pub cores: Vec<Sender<Mail>>,
     /// A fault is answered within this time.
     pub fault_deadline_ns: u64,
+    /// Frees at least so many bytes of the cache, if it can; gives how many. Blocks on the disk.
+    pub make_room: MakeRoom,
 }
+
+/// Frees at least so many bytes, if it can; gives how many it was.
+pub type MakeRoom = Arc<dyn Fn(u64) -> u64 + Send + Sync>;
 
 /// What the tasks of one core share.
 pub struct Crew {
@@ -156,9 +161,10 @@ impl Crew {
     }
 
     /// Tells everybody who waits for chunks of a flight that some have settled.
-    pub fn announce(&self, id: FlightId, blob: &OpenBlob) {
+    pub fn announce(&self, id: FlightId, plan: &Plan) {
         let me = self.id();
-        let is_settled = |chunk| blob.map.state(chunk) != ChunkState::Claimed(me);
+        let is_settled =
+            |chunk| plan.blob.cache.state(&plan.layout, chunk) != ChunkState::Claimed(me);
         self.flights.wake(&self.core, id, is_settled, |waiter| {
             // A full mailbox loses the message; the waiter looks again by time.
             let _ = self.parts.cores[usize::from(waiter.core.0)].send(Mail::Settled);
@@ -215,8 +221,14 @@ impl Crew {
     }
 
     fn enlist(&self, blob: &Arc<OpenBlob>, waiter: RemoteWaiter) {
-        let is_mine = blob.map.state(waiter.chunk) == ChunkState::Claimed(self.id());
-        let flight = is_mine.then(|| self.flights.find(blob, waiter.chunk)).flatten();
+        // A flight that is still there and has settled this chunk tells at its next word, or ends.
+        let flight = self.flights.find(blob, waiter.chunk);
+        let is_open = |id| {
+            let claimed = ChunkState::Claimed(self.id());
+            let is_open = |plan: &Plan| blob.cache.state(&plan.layout, waiter.chunk) == claimed;
+            self.flights.matches(id, is_open)
+        };
+        let flight = flight.filter(|&id| is_open(id));
         if let Some(id) = flight {
             self.promote(id);
         }

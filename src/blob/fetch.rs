@@ -10,17 +10,15 @@ use std::sync::Arc;
 
 use super::crew::Crew;
 use super::flight::{FlightId, Plan};
-use super::plan::extent;
-use super::serve::release_unit;
+use super::plan::{Run, extent};
 use super::statistics::{Counter, Stage};
-use super::workbench::{Batch, Workbench};
+use super::workbench::{Batch, Job, Workbench};
 use crate::config::{
-    BODY_TRIES, DECODE_INLINE_MAX_BYTES, DIGEST_TRIES, FETCHERS_PER_ROUTE, MILLISECOND_NS,
-    RANGE_LEASE_SIZE,
+    BODY_TRIES, DECODE_INLINE_MAX_BYTES, DIGEST_TRIES, FETCHERS_PER_ROUTE, FILL_TRIES,
+    MILLISECOND_NS, RANGE_LEASE_SIZE, ROOM_MIN_BYTES,
 };
 use crate::engine::{Class, Lane, Lease};
 use crate::error::{Error, Result};
-use crate::image::identity::ChunkIndex;
 use crate::registry::body::Body;
 use crate::registry::client::BlobRef;
 
@@ -79,10 +77,8 @@ impl Crew {
         for unit in failed {
             self.fetch_again(id, plan, unit).await;
         }
-        for unit in plan.run.units.clone() {
-            release_unit(&plan.blob, &plan.layout.unit(unit), self.id());
-        }
-        self.announce(id, &plan.blob);
+        plan.blob.cache.release(plan.run.chunks.clone(), self.id());
+        self.announce(id, plan);
         self.flights.end(id);
     }
 
@@ -125,9 +121,9 @@ impl Crew {
 
     /// One GET: from the first unsettled unit to the end of the attempt.
     async fn land(self: &Rc<Self>, attempt: &mut Attempt<'_>) -> Result<()> {
-        let Plan { blob, layout, run, lane, deadline_ns } = attempt.plan;
-        let start = layout.unit(attempt.next).compressed_offset;
-        let range = start..extent(&layout.unit(attempt.end - 1)).end;
+        let Plan { blob, layout, lane, deadline_ns, .. } = attempt.plan;
+        let run = Run::longest(layout, attempt.next..attempt.end);
+        let range = run.compressed.clone();
         let size = (range.end - range.start) as usize;
         let began_ns = self.core.now();
         let blob_ref = BlobRef { id: blob.id().as_str() };
@@ -147,7 +143,7 @@ impl Crew {
         let bench = self.benches.borrow_mut().pop().unwrap_or_default();
         let mut landing = Landing { input, output, bench };
         let landed;
-        (landing, landed) = self.receive(attempt, landing, &mut body, start, size).await;
+        (landing, landed) = self.receive(attempt, landing, &mut body, &run).await;
         self.benches.borrow_mut().push(landing.bench);
         landed?;
         body.finish();
@@ -162,17 +158,17 @@ impl Crew {
         attempt: &mut Attempt<'_>,
         mut landing: Landing,
         body: &mut Body,
-        start: u64,
-        size: usize,
+        run: &Run,
     ) -> (Landing, Result<()>) {
         let layout = &attempt.plan.layout;
+        let (start, size) = (run.compressed.start, run.compressed.end - run.compressed.start);
         let (mut landed, mut is_first) = (0, true);
-        while attempt.next < attempt.end {
+        while attempt.next < run.units.end {
             let needed = (extent(&layout.unit(attempt.next)).end - start) as usize;
             while landed < needed {
                 let got;
                 (landing.input, got) =
-                    body.read_into(&self.core, landing.input, landed..size).await;
+                    body.read_into(&self.core, landing.input, landed..size as usize).await;
                 match got {
                     Ok(count) => {
                         landed += count;
@@ -181,7 +177,7 @@ impl Crew {
                     Err(error) => return (landing, Err(error)),
                 }
             }
-            let end = if is_first { attempt.next + 1 } else { attempt.end };
+            let end = if is_first { attempt.next + 1 } else { run.units.end };
             is_first = false;
             let room = landing.output.len();
             let landed_end = start + landed as u64;
@@ -202,32 +198,40 @@ impl Crew {
         mut landing: Landing,
         batch: Batch,
     ) -> (Landing, Result<()>) {
-        let Plan { blob, layout, .. } = attempt.plan;
+        let Plan { blob, layout, lane, .. } = attempt.plan;
         let began_ns = self.core.now();
         landing = self.decode(attempt.plan, landing, batch.clone()).await;
         self.record(Stage::Decode, began_ns);
         self.report(attempt, &landing.bench);
-        for place in 0..landing.bench.segments.len() {
-            let segment = landing.bench.segments[place].clone();
-            let offset = batch.output_start + segment.bytes.start as u64;
+        for place in 0..landing.bench.rows.len() {
+            let row = landing.bench.rows[place].clone();
             let began_ns = self.core.now();
-            let (size, filled) = (
-                segment.bytes.len() as u64,
-                blob.object.fill(&self.core, landing.output, segment.bytes.clone(), offset),
-            );
-            let filled = filled.await;
-            landing.output = filled.0;
-            if let Err(error) = filled.1 {
+            let (start, mut filled) = (batch.output_start, Ok(()));
+            for _ in 0..FILL_TRIES {
+                (landing.output, filled) =
+                    blob.cache.fill(&self.core, landing.output, &row, start, *lane).await;
+                if !matches!(filled, Err(Error::System { errno: libc::ENOSPC, .. })) {
+                    break;
+                }
+                let (make_room, size) = (Arc::clone(&self.parts.make_room), row.bytes.len() as u64);
+                if self.core.offload(move || make_room(size.max(ROOM_MIN_BYTES))).await < size {
+                    break;
+                }
+            }
+            if let Err(error) = filled {
                 return (landing, Err(error));
             }
             self.record(Stage::Fill, began_ns);
-            self.parts.counters.add(Counter::BytesFilled, size);
-            for chunk in segment.chunks.clone().map(ChunkIndex) {
-                if blob.map.publish(chunk, self.id()) {
-                    self.parts.counters.count(Counter::ChunksFilled);
-                }
-            }
-            self.announce(attempt.id, blob);
+            self.parts.counters.add(Counter::BytesFilled, row.bytes.len() as u64);
+            let published = blob.cache.publish(layout, &row, self.id());
+            self.parts.counters.add(Counter::ChunksFilled, u64::from(published));
+            self.announce(attempt.id, attempt.plan);
+        }
+        let failure = landing.bench.failures.first().filter(|_| blob.cache.is_ordered());
+        if let Some(failure) = failure.cloned() {
+            // Nothing behind it may be filled before it: the GET is made again from there.
+            attempt.next = failure.unit;
+            return (landing, Err(failure.error));
         }
         attempt.next = batch.units.end;
         debug_assert!(attempt.next <= layout.unit_count());
@@ -241,17 +245,19 @@ impl Crew {
         let last = plan.layout.unit(batch.units.end - 1);
         let output_size =
             last.uncompressed_offset + u64::from(last.output_size) - first.uncompressed_offset;
-        let core = self.id();
+        let (core, chunks) = (self.id(), plan.run.chunks.clone());
         if output_size as usize <= DECODE_INLINE_MAX_BYTES {
             let Landing { input, output, bench } = &mut landing;
-            bench.process(&plan.layout, &plan.blob.map, core, &batch, input, output);
+            let job = Job { layout: &plan.layout, cache: &plan.blob.cache, core, chunks };
+            bench.process(&job, &batch, input, output);
             return landing;
         }
         let (layout, blob) = (Arc::clone(&plan.layout), Arc::clone(&plan.blob));
         self.core
             .offload(move || {
                 let Landing { input, output, bench } = &mut landing;
-                bench.process(&layout, &blob.map, core, &batch, input, output);
+                let job = Job { layout: &layout, cache: &blob.cache, core, chunks };
+                bench.process(&job, &batch, input, output);
                 landing
             })
             .await
@@ -266,7 +272,8 @@ impl Crew {
             };
             self.parts.counters.count(counter);
             self.parts.journal.error(format!("{}: {}", attempt.plan.blob.name(), failure.error));
-            if attempt.failed.last() != Some(&failure.unit) {
+            let is_asked_again = !attempt.plan.blob.cache.is_ordered();
+            if is_asked_again && attempt.failed.last() != Some(&failure.unit) {
                 attempt.failed.push(failure.unit);
             }
         }

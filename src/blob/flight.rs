@@ -94,7 +94,8 @@ impl Flights {
     pub fn find(&self, blob: &Arc<OpenBlob>, chunk: ChunkIndex) -> Option<FlightId> {
         let fetches = |place: &Place| {
             place.plan.borrow().as_ref().is_some_and(|plan| {
-                Arc::ptr_eq(&plan.blob, blob) && plan.run.chunks.contains(&chunk.0)
+                plan.run.chunks.contains(&chunk.0)
+                    && (Arc::ptr_eq(&plan.blob, blob) || plan.blob.cache.shares(&blob.cache, chunk))
             })
         };
         self.places.iter().position(fetches).map(|index| FlightId(index as u32))

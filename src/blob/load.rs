@@ -9,8 +9,10 @@ use std::ops::Range;
 use std::rc::Rc;
 use std::sync::Arc;
 
+use super::cache::Cache;
 use super::catalog::{Holder, Registered};
 use super::crew::Crew;
+use super::map::Map;
 use super::open::OpenBlob;
 use super::registration::Image;
 use crate::config::{CONTEXT_TABLE_MAX_BYTES, LAYOUT_LOOK_NS, RANGE_LEASE_SIZE};
@@ -66,7 +68,8 @@ impl Crew {
             Ok((record.chunk_count, layout))
         });
         let (chunk_count, layout) = loaded.await?;
-        let blob = OpenBlob::new(image, blob_index, route, object, chunk_count);
+        let cache = Cache::Object { object, map: Map::new(chunk_count) };
+        let blob = OpenBlob::new(image, blob_index, route, cache);
         if let Some(layout) = layout {
             blob.set_layout(Arc::new(layout));
         }
@@ -83,7 +86,7 @@ impl Crew {
         let mut may_reload = true;
         loop {
             if let Some(layout) = blob.layout().filter(|_| blob.is_scanned())
-                && (lists_all(&layout, range) || !may_reload)
+                && (lists_all(&layout, range) || !may_reload || blob.cache.is_ordered())
             {
                 return Ok(layout);
             }
@@ -139,6 +142,10 @@ impl Crew {
     fn holders(&self, blob: &OpenBlob) -> Vec<Holder> {
         let first = Holder { image: Arc::clone(&blob.image), blob_index: blob.blob_index };
         let mut holders = vec![first];
+        if blob.cache.is_ordered() {
+            // Segments are this image's: other images' chunks are not in them.
+            return holders;
+        }
         let found = self.parts.catalog.object(&blob.image.domain_id, blob.id().as_str());
         if let Some(Registered::Data { image, blob_index, others }) = found {
             holders.push(Holder { image, blob_index });
@@ -150,14 +157,15 @@ impl Crew {
 
     /// Marks what the cache holds already.
     fn find_present(&self, blob: &OpenBlob, layout: &Layout) {
+        let Cache::Object { object, map } = &blob.cache else { return };
         let mut at = 0;
-        while let Some(data) = blob.object.next_data(&self.core, at) {
+        while let Some(data) = object.next_data(&self.core, at) {
             for chunk in layout.chunks_in(data.clone()).map(ChunkIndex) {
                 let extent = layout.chunk(chunk);
                 let end = extent.uncompressed_offset + u64::from(extent.padded_size());
                 let is_whole = extent.uncompressed_offset >= data.start && end <= data.end;
                 if is_whole && extent.digest.is_some() {
-                    blob.map.found(chunk);
+                    map.found(chunk);
                 }
             }
             at = data.end;

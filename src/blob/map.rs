@@ -22,6 +22,8 @@ pub enum ChunkState {
     Claimed(CoreId),
     /// Verified and in the cache.
     Present,
+    /// Its bytes are being taken away; in a moment it is absent or present.
+    Leaving,
 }
 
 /// The chunks of one open blob.

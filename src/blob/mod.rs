@@ -4,12 +4,14 @@
 //! A fault is the function in `serve.rs`, a fetch the one in `fetch.rs`; `map.rs` is the only
 //! memory of the fault path that several cores write.
 
+pub mod cache;
 pub mod catalog;
 pub mod crew;
 mod fetch;
 pub mod flight;
 mod inlined;
 pub mod journal;
+mod launch;
 pub mod load;
 pub mod map;
 pub mod open;

@@ -3,15 +3,15 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
-use super::map::Map;
+use super::cache::Cache;
 use super::registration::Image;
 use super::schedule::Streams;
 use crate::image::identity::BlobId;
 use crate::image::layout::Layout;
 use crate::registry::route::Route;
-use crate::store::object::CacheObject;
 
-/// One data blob of one domain, open in the kernel. Shared by all cores.
+/// One data blob, open in the kernel: of one domain behind the cachefiles door, of one image behind
+/// the fanotify door. Shared by all cores.
 pub struct OpenBlob {
     /// The image that registered the blob first: its backend and work directory are used.
     pub image: Arc<Image>,
@@ -19,10 +19,8 @@ pub struct OpenBlob {
     pub blob_index: u32,
     /// Where its bytes come from.
     pub route: Arc<Route>,
-    /// Where its bytes go.
-    pub object: CacheObject,
-    /// What is there and who fetches the rest.
-    pub map: Map,
+    /// Where its bytes go, what is there and who fetches the rest.
+    pub cache: Cache,
     /// Who reads it in order.
     pub streams: Streams,
     /// Set once the kernel has closed the object: no new fetch begins.
@@ -35,24 +33,18 @@ pub struct OpenBlob {
 
 impl OpenBlob {
     /// A blob whose layout has yet to be loaded.
-    pub fn new(
-        image: Arc<Image>,
-        blob_index: u32,
-        route: Arc<Route>,
-        object: CacheObject,
-        chunk_count: u32,
-    ) -> Self {
+    pub fn new(image: Arc<Image>, blob_index: u32, route: Arc<Route>, cache: Cache) -> Self {
         OpenBlob {
             image,
             blob_index,
             route,
-            object,
-            map: Map::new(chunk_count),
+            // What segments hold their files say.
+            is_scanned: AtomicBool::new(cache.is_ordered()),
+            cache,
             streams: Streams::default(),
             is_closed: AtomicBool::new(false),
             layout: RwLock::new(None),
             is_loading: AtomicBool::new(false),
-            is_scanned: AtomicBool::new(false),
         }
     }
 

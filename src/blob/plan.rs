@@ -7,7 +7,8 @@
 use std::ops::Range;
 
 use crate::config::{GET_GAP_MAX_BYTES, GET_MAX_BYTES};
-use crate::image::layout::Unit;
+use crate::image::identity::ChunkIndex;
+use crate::image::layout::{Layout, Unit};
 
 /// Consecutive units to fetch with one GET.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -31,6 +32,50 @@ impl Run {
             chunks: unit.chunks.clone(),
             output_size_max: unit.output_size,
         }
+    }
+
+    /// The units of a row of chunks, the first and last of which are listed. They need not follow
+    /// each other in the blob file: [`Run::longest`] finds what one GET can bring.
+    pub fn over(layout: &Layout, chunks: Range<u32>) -> Self {
+        let unit_of = |chunk: u32| layout.chunk(ChunkIndex(chunk)).unit;
+        let units = unit_of(chunks.start)..unit_of(chunks.end - 1) + 1;
+        let first = extent(&layout.unit(units.start));
+        let mut run = Run { units, compressed: first, chunks, output_size_max: 0 };
+        for number in run.units.clone() {
+            let unit = layout.unit(number);
+            run.compressed.end = run.compressed.end.max(extent(&unit).end);
+            run.output_size_max = run.output_size_max.max(unit.output_size);
+        }
+        run
+    }
+
+    /// Takes in a run that follows, unless another GET serves it better.
+    #[must_use]
+    pub fn join(&mut self, next: &Run) -> bool {
+        // Two segments may share the unit at their border.
+        let is_next = next.units.start == self.units.end || next.units.start + 1 == self.units.end;
+        let follows = is_next
+            && next.compressed.end >= self.compressed.end
+            && next.compressed.start <= self.compressed.end + GET_GAP_MAX_BYTES
+            && next.compressed.end.saturating_sub(self.compressed.start) <= GET_MAX_BYTES;
+        if follows {
+            self.units.end = next.units.end;
+            self.compressed.end = next.compressed.end;
+            self.chunks.end = next.chunks.end;
+            self.output_size_max = self.output_size_max.max(next.output_size_max);
+        }
+        follows
+    }
+
+    /// The longest run of units from the first of `units` on that one GET can bring.
+    pub fn longest(layout: &Layout, units: Range<u32>) -> Self {
+        let mut run = Run::of(units.start, &layout.unit(units.start));
+        for number in units.start + 1..units.end {
+            if !run.extend(number, &layout.unit(number)) {
+                break;
+            }
+        }
+        run
     }
 
     /// Takes in the next unit, unless another GET serves it better.

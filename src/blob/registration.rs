@@ -122,6 +122,13 @@ impl Image {
         Ok(bytes)
     }
 
+    /// Whether a file has the bytes of this image's bootstrap. Blocks on the disk.
+    pub fn has_bootstrap(&self, path: &Path) -> bool {
+        let bytes = open_file(path).and_then(|file| read_all(file, path));
+        path == self.bootstrap_path
+            || bytes.is_ok_and(|bytes| digest_of(&bytes) == self.bootstrap_digest)
+    }
+
     /// Checks `spec`, reads and parses its bootstrap. Blocks on the disk, holds no lock.
     pub(super) fn load(spec: ImageSpec) -> Result<(Image, Bootstrap)> {
         let (domain_id, id) = names(&spec)?;

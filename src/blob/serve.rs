@@ -6,19 +6,16 @@
 use std::ops::Range;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
+use super::cache::Cache;
 use super::crew::Crew;
-use super::flight::Plan;
 use super::map::ChunkState;
 use super::open::OpenBlob;
-use super::plan::Run;
-use super::statistics::Counter;
-use crate::config::{FLIGHT_PAUSE_NS, LAUNCHES_PER_FAULT, SETTLE_LOOK_NS};
-use crate::engine::{CoreId, Lane};
+use crate::config::{EVICTION_LOOK_NS, FLIGHT_PAUSE_NS, LAUNCHES_PER_FAULT, SETTLE_LOOK_NS};
+use crate::engine::Lane;
 use crate::error::{Error, Result};
 use crate::image::identity::ChunkIndex;
-use crate::image::layout::{Layout, Unit};
+use crate::image::layout::Layout;
 
 impl Crew {
     /// Brings the bytes of `range` of a blob's address space into the cache, or says why not.
@@ -52,87 +49,17 @@ impl Crew {
         range: &Range<u64>,
         wanted: &Range<u32>,
     ) {
+        let Cache::Object { object, map } = &blob.cache else { return };
         let mut chunks = wanted.clone().map(ChunkIndex);
-        let all_present = chunks.all(|chunk| blob.map.state(chunk) == ChunkState::Present);
-        if !all_present || !blob.object.has_hole(&self.core, range) {
+        let all_present = chunks.all(|chunk| map.state(chunk) == ChunkState::Present);
+        if !all_present || !object.has_hole(&self.core, range) {
             return;
         }
         for chunk in wanted.clone().map(ChunkIndex) {
             let extent = layout.chunk(chunk);
             let end = extent.uncompressed_offset + u64::from(extent.padded_size());
-            if blob.object.has_hole(&self.core, &(extent.uncompressed_offset..end)) {
-                blob.map.forget(chunk);
-            }
-        }
-    }
-
-    /// Claims what is absent among `chunks` and starts flights for it, a run of units each.
-    ///
-    /// # Errors
-    /// `Busy` when all flight places are taken; what could not be started is released again.
-    pub fn launch(
-        self: &Rc<Self>,
-        blob: &Arc<OpenBlob>,
-        layout: &Arc<Layout>,
-        chunks: Range<u32>,
-        lane: Lane,
-        deadline_ns: u64,
-    ) -> Result<()> {
-        if blob.is_closed.load(Ordering::Relaxed) || self.gate.is_closed() {
-            return Err(Error::Shutdown);
-        }
-        let mut run: Option<Run> = None;
-        let mut next = chunks.start;
-        let begin = |run| self.begin(blob, layout, run, lane, deadline_ns);
-        while next < chunks.end {
-            let number = layout.chunk(ChunkIndex(next)).unit;
-            if number == Layout::NO_UNIT {
-                next += 1;
-                continue;
-            }
-            let unit = layout.unit(number);
-            if claim_unit(blob, layout, &unit, self.id()) {
-                let has_joined = run.as_mut().is_some_and(|run| run.extend(number, &unit));
-                if !has_joined
-                    && let Some(full) = run.replace(Run::of(number, &unit))
-                    && let Err(error) = begin(full)
-                {
-                    release_unit(blob, &unit, self.id());
-                    return Err(error);
-                }
-            }
-            next = unit.chunks.end.max(next + 1);
-        }
-        run.map_or(Ok(()), begin)
-    }
-
-    fn begin(
-        self: &Rc<Self>,
-        blob: &Arc<OpenBlob>,
-        layout: &Arc<Layout>,
-        run: Run,
-        lane: Lane,
-        deadline_ns: u64,
-    ) -> Result<()> {
-        let (blob, layout) = (Arc::clone(blob), Arc::clone(layout));
-        let plan = Plan { blob, layout, run, lane, deadline_ns };
-        match self.flights.begin(plan) {
-            Ok(id) => {
-                let queue = match lane {
-                    Lane::Demand => &self.demand,
-                    Lane::Background => &self.ahead,
-                };
-                if lane == Lane::Background {
-                    self.parts.counters.count(Counter::ReadAheadRequests);
-                }
-                queue.push(&self.core, id).expect("a queue has room for every flight place");
-                Ok(())
-            }
-            Err(plan) => {
-                for number in plan.run.units.clone() {
-                    release_unit(&plan.blob, &plan.layout.unit(number), self.id());
-                }
-                Err(Error::Busy("all flight places are taken".into()))
+            if object.has_hole(&self.core, &(extent.uncompressed_offset..end)) {
+                map.forget(chunk);
             }
         }
     }
@@ -152,7 +79,7 @@ impl Crew {
                 return Err(Error::Deadline(format!("{}, chunk {}", blob.name(), chunk.0)));
             }
             let look_ns = deadline_ns.min(now_ns + SETTLE_LOOK_NS);
-            match blob.map.state(chunk) {
+            match blob.cache.state(layout, chunk) {
                 ChunkState::Present => return Ok(()),
                 ChunkState::Claimed(owner) if owner == self.id() => {
                     match self.flights.find(blob, chunk) {
@@ -167,6 +94,10 @@ impl Crew {
                     let news = self.news.wait(&self.core);
                     self.ask(owner, blob, chunk);
                     news.by(look_ns).await;
+                }
+                ChunkState::Leaving => {
+                    let look_ns = deadline_ns.min(now_ns + EVICTION_LOOK_NS);
+                    self.core.sleep_until(look_ns).await?;
                 }
                 ChunkState::Absent if launches < LAUNCHES_PER_FAULT => {
                     // Whoever fetched it gave up, perhaps a read-ahead: try for ourselves.
@@ -186,23 +117,5 @@ impl Crew {
                 }
             }
         }
-    }
-}
-
-/// Claims the absent chunks of a unit; false when nothing of it was absent.
-fn claim_unit(blob: &OpenBlob, layout: &Layout, unit: &Unit, core: CoreId) -> bool {
-    let mut has_claimed = false;
-    for chunk in unit.chunks.clone().map(ChunkIndex) {
-        if layout.chunk(chunk).digest.is_some() {
-            has_claimed |= blob.map.claim(chunk, core).is_ok();
-        }
-    }
-    has_claimed
-}
-
-/// Gives back what this core has claimed of a unit and not published.
-pub(super) fn release_unit(blob: &OpenBlob, unit: &Unit, core: CoreId) {
-    for chunk in unit.chunks.clone().map(ChunkIndex) {
-        blob.map.release(chunk, core);
     }
 }

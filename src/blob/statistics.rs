@@ -86,6 +86,8 @@ named! {
     Stage {
         /// A data read, from the kernel's message to our answer.
         Read = "read_ns",
+        /// An event whose bytes were there, from the kernel's message to our answer.
+        Present = "present_ns",
         /// A read of a bootstrap, the same way.
         BootstrapRead = "bootstrap_read_ns",
         /// An open, the same way.

@@ -2,8 +2,7 @@
 //! thread.
 //!
 //! Output is laid out as in the address space, so that neighbouring chunks are filled with one
-//! write. A segment is a row of whole chunks whose digests all matched; nothing else may be
-//! filled.
+//! write. A row is of whole chunks whose digests all matched; nothing else may be filled.
 
 use std::ops::Range;
 
@@ -14,11 +13,12 @@ use crate::image::decode::Decoder;
 use crate::image::identity::ChunkIndex;
 use crate::image::layout::Layout;
 
-use super::map::{ChunkState, Map};
+use super::cache::Cache;
+use super::map::ChunkState;
 
 /// Chunks that were verified, back to back.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub struct Segment {
+pub struct Row {
     /// The chunks; those of them that this core claimed are to be published.
     pub chunks: Range<u32>,
     /// Where their bytes stand in the output: whole pages.
@@ -40,15 +40,15 @@ pub struct Failure {
 pub struct Workbench {
     decoder: Decoder,
     /// What may be filled.
-    pub segments: Vec<Segment>,
+    pub rows: Vec<Row>,
     /// What may not.
     pub failures: Vec<Failure>,
 }
 
 impl Default for Workbench {
     fn default() -> Self {
-        let (segments, failures) = (Vec::with_capacity(1024), Vec::new());
-        Workbench { decoder: Decoder::new(), segments, failures }
+        let (rows, failures) = (Vec::with_capacity(1024), Vec::new());
+        Workbench { decoder: Decoder::new(), rows, failures }
     }
 }
 
@@ -88,20 +88,29 @@ impl Batch {
     }
 }
 
+/// What a batch is of, and whose claims count.
+pub struct Job<'a> {
+    /// The blob's layout.
+    pub layout: &'a Layout,
+    /// The blob's cache.
+    pub cache: &'a Cache,
+    /// Only chunks that this core has claimed are looked at.
+    pub core: CoreId,
+    /// And of these, only the flight's own.
+    pub chunks: Range<u32>,
+}
+
 impl Workbench {
-    /// Decodes and verifies a batch. Looks only at chunks that `core` has claimed in `map`.
-    pub fn process(
-        &mut self,
-        layout: &Layout,
-        map: &Map,
-        core: CoreId,
-        batch: &Batch,
-        input: &[u8],
-        output: &mut [u8],
-    ) {
-        self.segments.clear();
+    /// Decodes and verifies a batch. Where chunks must be filled in order, nothing behind the first
+    /// failure is looked at.
+    pub fn process(&mut self, job: &Job<'_>, batch: &Batch, input: &[u8], output: &mut [u8]) {
+        self.rows.clear();
         self.failures.clear();
+        let layout = job.layout;
         for number in batch.units.clone() {
+            if job.cache.is_ordered() && !self.failures.is_empty() {
+                return;
+            }
             let unit = layout.unit(number);
             let stored = extent(&unit);
             let stored = (stored.start - batch.input_start) as usize
@@ -115,36 +124,45 @@ impl Workbench {
                 continue;
             }
             for chunk in unit.chunks.clone().map(ChunkIndex) {
-                if map.state(chunk) == ChunkState::Claimed(core) {
-                    self.verify(layout, number, chunk, batch.output_start, output);
+                let is_wanted = job.chunks.contains(&chunk.0)
+                    && layout.chunk(chunk).digest.is_some()
+                    && job.cache.state(layout, chunk) == ChunkState::Claimed(job.core);
+                if is_wanted && !self.verify(job, number, chunk, batch.output_start, output) {
+                    break;
                 }
             }
         }
     }
 
+    /// False when nothing behind this chunk may be looked at.
     fn verify(
         &mut self,
-        layout: &Layout,
+        job: &Job<'_>,
         unit: u32,
         index: ChunkIndex,
         output_start: u64,
         output: &[u8],
-    ) {
-        let chunk = layout.chunk(index);
+    ) -> bool {
+        let chunk = job.layout.chunk(index);
         let start = (chunk.uncompressed_offset - output_start) as usize;
         let end = start + chunk.padded_size() as usize;
-        if !layout.verify(index, &output[start..start + chunk.size as usize]) {
+        if !job.layout.verify(index, &output[start..start + chunk.size as usize]) {
             let text = format!("chunk {} is not what its digest says", index.0);
             let failure = Failure { unit, chunk: Some(index), error: Error::Digest(text) };
             self.failures.push(failure);
-            return;
+            return !job.cache.is_ordered();
         }
-        match self.segments.last_mut() {
-            Some(last) if last.bytes.end == start && last.chunks.end == index.0 => {
+        match self.rows.last_mut() {
+            Some(last)
+                if last.bytes.end == start
+                    && last.chunks.end == index.0
+                    && job.cache.share_a_write(ChunkIndex(last.chunks.start), index) =>
+            {
                 last.bytes.end = end;
                 last.chunks.end = index.0 + 1;
             }
-            _ => self.segments.push(Segment { chunks: index.0..index.0 + 1, bytes: start..end }),
+            _ => self.rows.push(Row { chunks: index.0..index.0 + 1, bytes: start..end }),
         }
+        true
     }
 }

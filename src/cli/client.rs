@@ -48,6 +48,11 @@ impl Api {
         self.call("PUT", path, Some(body))
     }
 
+    /// PUT without a body, for a path that does one thing.
+    pub fn act(&self, path: &str) -> Result<Value> {
+        self.call("PUT", path, None)
+    }
+
     /// DELETE; everything it needs stands in the query.
     pub fn delete(&self, path: &str) -> Result<Value> {
         self.call("DELETE", path, None)

@@ -11,20 +11,31 @@ use nix::sched::{CpuSet, sched_getaffinity};
 use nix::unistd::Pid;
 
 use super::{Verdict, output};
-use crate::config::{self, Config, Intake, LogLevel};
+use crate::config::{self, Config, DoorChoice, Intake, LogLevel};
 use crate::daemon::options;
 use crate::error::{Error, Result};
 
 /// The options of `sluice daemon`.
 #[derive(Args)]
 #[command(after_help = "Examples:\n  \
-    sluice daemon --fscache /var/lib/sluice/fscache\n  \
-    sluice daemon --fscache /cache --apisock /run/sluice.sock --cores 2-5 --log-level debug\n\n\
-    Needs root and /dev/cachefiles; `sluice doctor` says what is missing.")]
+    sluice daemon\n  \
+    sluice daemon --cache /cache --apisock /run/sluice.sock --cores 2-5 --log-level debug\n  \
+    sluice daemon --door cachefiles --fscache /var/lib/sluice/fscache\n\n\
+    Needs root, and Linux 6.14 or later or /dev/cachefiles; `sluice doctor` says what is missing.")]
 pub struct Options {
-    /// The cache directory the kernel uses, on ext4 or xfs; made if absent.
+    /// Where cached bytes are kept, on ext4, xfs or btrfs; made if absent.
+    #[arg(long, value_name = "DIR", default_value = config::STATE_DIR_DEFAULT)]
+    cache: PathBuf,
+    /// Bytes the cache may take behind the fanotify door ("200M", "50G"); unused images go first.
+    #[arg(long, value_name = "SIZE", default_value = "0", value_parser = output::parse_size)]
+    cache_quota: u64,
+    /// The kernel interface to serve: what this machine has, or one by name.
+    #[arg(long, value_enum, value_name = "DOOR", default_value_t = DoorChoice::Auto)]
+    door: DoorChoice,
+    /// The directory the kernel uses behind the cachefiles door, on ext4 or xfs; below --cache if
+    /// absent.
     #[arg(long, value_name = "DIR")]
-    fscache: PathBuf,
+    fscache: Option<PathBuf>,
     /// Where the control API listens (mode 0600).
     #[arg(long, value_name = "PATH", default_value = config::API_SOCKET_DEFAULT)]
     apisock: PathBuf,
@@ -57,7 +68,7 @@ pub struct Options {
 /// Serves until a signal or an API call ends it.
 pub fn run(options: &Options) -> Result<Verdict> {
     let config = configure(options, &cores_allowed()?)?;
-    for directory in [&options.fscache, &options.state_dir] {
+    for directory in [&options.cache, &options.state_dir] {
         std::fs::create_dir_all(directory).map_err(|error| {
             Error::io(&error, format!("cannot make the directory {}", directory.display()))
         })?;
@@ -151,7 +162,13 @@ fn configure(options: &Options, allowed: &[usize]) -> Result<Config> {
         )));
     }
     Ok(Config {
-        fscache_dir: Some(options.fscache.clone()),
+        door: options.door,
+        cache_dir: options.cache.clone(),
+        cache_quota_bytes: options.cache_quota,
+        fscache_dir: match (&options.fscache, options.door) {
+            (None, DoorChoice::Cachefiles) => Some(options.cache.join("fscache")),
+            (directory, _) => directory.clone(),
+        },
         fscache_tag: options.tag.clone(),
         api_socket: Some(options.apisock.clone()),
         cores: parse_cores(options.cores.as_deref(), allowed)?,

@@ -18,10 +18,13 @@ use crate::error::Result;
 #[derive(Args)]
 #[command(after_help = "Examples:\n  \
     sluice doctor\n  \
-    sluice doctor --fscache /data/cache --json\n\n\
+    sluice doctor --cache /data/sluice --json\n\n\
     Exit code 0: images can be served. 1: something marked FAIL is in the way.")]
 pub struct Options {
-    /// The cache directory to judge.
+    /// The directory of the cache to judge, for the fanotify door.
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/sluice")]
+    cache: PathBuf,
+    /// The directory of the kernel's own cache to judge, for the cachefiles door.
     #[arg(long, value_name = "DIR", default_value = "/var/lib/sluice/fscache")]
     fscache: PathBuf,
     /// Print JSON.
@@ -60,7 +63,8 @@ pub struct Finding {
 
 /// Looks at everything and prints it.
 pub fn run(options: &Options, out: &mut Output) -> Result<Verdict> {
-    let machine = Machine::read(Some(&options.fscache), &options.daemon.api());
+    let (fscache, cache) = (Some(&*options.fscache), Some(&*options.cache));
+    let machine = Machine::read(fscache, cache, &options.daemon.api());
     let findings = examine(&machine);
     let failed = findings.iter().filter(|finding| finding.level == Level::Fail).count();
     if options.json {
@@ -101,13 +105,40 @@ fn print(findings: &[Finding], failed: usize, out: &mut Output) -> Result<()> {
     }
 }
 
-/// Every check, in the order an operator would fix things.
+/// Every check, in the order an operator would fix things. One door is enough: what is in the way
+/// of the other is no failure then.
 fn examine(machine: &Machine) -> Vec<Finding> {
     let status = machine.status.as_deref().unwrap_or("");
+    let mut cachefiles = cachefiles_door(machine);
+    let mut fanotify = kernel_checks::fanotify(&machine.fanotify);
+    let usable = cachefiles.iter().all(|finding| finding.level != Level::Fail);
+    let doors = (machine.fanotify.is_good(), usable);
+    for (door, other_works) in [(&mut fanotify, doors.1), (&mut cachefiles, doors.0)] {
+        let fails = door.iter_mut().filter(|finding| finding.level == Level::Fail);
+        fails.filter(|_| other_works).for_each(|finding| finding.level = Level::Info);
+    }
+    let mut findings = vec![erofs(machine), kernel_checks::doors(doors.0, doors.1)];
+    findings.extend(fanotify);
+    findings.extend(cachefiles);
+    findings.extend([
+        host_checks::page_size(machine.page_size_bytes),
+        host_checks::privileges(status, machine.uid_map.as_deref()),
+        host_checks::open_files(machine.limits.as_deref(), status),
+        host_checks::locked_memory(machine.limits.as_deref(), status),
+        host_checks::io_uring(&machine.ring, machine.io_uring_disabled.as_deref()),
+        kernel_checks::daemon(&machine.daemon),
+    ]);
+    findings
+}
+
+fn erofs(machine: &Machine) -> Finding {
+    kernel_checks::erofs(machine.filesystems.as_deref(), machine.modules_available.as_deref())
+}
+
+fn cachefiles_door(machine: &Machine) -> Vec<Finding> {
     let mut findings = vec![
         kernel_checks::kernel(&machine.release),
         kernel_checks::kernel_options(machine.kernel_config.as_deref()),
-        kernel_checks::erofs(machine.filesystems.as_deref(), machine.modules_available.as_deref()),
         kernel_checks::device(&machine.device, machine.modules_available.as_deref()),
         kernel_checks::holders(&machine.holders),
         kernel_checks::cachefilesd(&machine.cachefilesd),
@@ -119,15 +150,6 @@ fn examine(machine: &Machine) -> Vec<Finding> {
             host_checks::space(cache),
         ]);
     }
-    findings.extend([
-        host_checks::page_size(machine.page_size_bytes),
-        host_checks::privileges(status, machine.uid_map.as_deref()),
-        host_checks::open_files(machine.limits.as_deref(), status),
-        host_checks::locked_memory(machine.limits.as_deref(), status),
-        host_checks::io_uring(&machine.ring, machine.io_uring_disabled.as_deref()),
-        kernel_checks::other_door(&machine.release, machine.kernel_config.as_deref()),
-        kernel_checks::daemon(&machine.daemon),
-    ]);
     findings
 }
 
@@ -145,8 +167,24 @@ mod tests {
     }
 
     #[test]
+    fn one_door_is_enough() {
+        use crate::upcall::probe;
+        let good = probe::Finding { check: "x", is_good: true, text: String::new() };
+        let fanotify = probe::Report { findings: vec![good] };
+        let machine = Machine { fanotify, ..Machine::default() };
+        let findings = examine(&machine);
+        let device = findings.iter().find(|finding| finding.check == "/dev/cachefiles");
+        let device = device.expect("it is looked at");
+        assert_eq!((device.level, device.advice.is_empty()), (Level::Info, false));
+        let doors =
+            findings.iter().find(|finding| finding.check == "doors").expect("they are told");
+        assert_eq!((doors.level, doors.found.as_str()), (Level::Ok, "fanotify"));
+    }
+
+    #[test]
     fn an_ok_asks_for_nothing() {
-        let findings = examine(&Machine::read(None, &super::super::client::Api::new("/x".into())));
+        let findings =
+            examine(&Machine::read(None, None, &super::super::client::Api::new("/x".into())));
         for finding in findings.iter().filter(|finding| finding.level == Level::Ok) {
             assert_eq!(finding.advice, "", "{finding:?}");
         }

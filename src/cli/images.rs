@@ -1,7 +1,7 @@
 //! `sluice images`: what the daemon serves and where it is mounted.
 //!
-//! The daemon knows what is registered, the kernel knows what is mounted; this puts the two
-//! together. An image without a mountpoint may be mounted in another mount namespace.
+//! The daemon knows what is registered and what it has mounted, the kernel knows what was mounted
+//! by hand; this puts the two together.
 
 use clap::Args;
 use serde_json::{Value, json};
@@ -47,8 +47,12 @@ fn with_mountpoints(mut image: Value, mounts: &[ImageMount]) -> Value {
     let shown = |mount: &&ImageMount| {
         image["id"] == mount.fsid.as_str() && image["domain_id"] == mount.domain()
     };
-    let places: Vec<String> =
-        mounts.iter().filter(shown).map(|mount| mount.mountpoint.display().to_string()).collect();
+    let known = image["mountpoints"].as_array().into_iter().flatten();
+    let mut places: Vec<String> = known.filter_map(Value::as_str).map(str::to_owned).collect();
+    // By hand, through fscache.
+    places.extend(mounts.iter().filter(shown).map(|it| it.mountpoint.display().to_string()));
+    places.sort();
+    places.dedup();
     if let Some(fields) = image.as_object_mut() {
         fields.insert("mountpoints".to_owned(), json!(places));
     }

@@ -4,6 +4,7 @@
 
 use super::doctor::{Finding, Level, finding};
 use super::system::{DaemonState, Device, Process};
+use crate::upcall::probe::{self, Report};
 
 /// "6.12.43-amd64" is (6, 12, 43).
 fn version(release: &str) -> Option<(u32, u32, u32)> {
@@ -157,26 +158,27 @@ pub fn cachefilesd(running: &[Process]) -> Finding {
     }
 }
 
-/// Information only: this build serves through cachefiles.
-pub fn other_door(release: &str, config: Option<&str>) -> Finding {
-    const NEEDED: [&str; 2] =
-        ["CONFIG_EROFS_FS_BACKED_BY_FILE", "CONFIG_FANOTIFY_ACCESS_PERMISSIONS"];
-    let check = "fanotify door";
-    let found = match (version(release), config) {
-        (Some(version), _) if version < (6, 14, 0) => {
-            "not on this kernel (6.14 or later)".to_owned()
-        }
-        (_, None) => "this kernel may have it; its options are unknown".to_owned(),
-        (_, Some(config)) => {
-            let missing: Vec<_> =
-                NEEDED.into_iter().filter(|name| !enabled(config, name)).collect();
-            match missing.is_empty() {
-                true => "this kernel has what it takes".to_owned(),
-                false => format!("not on this kernel: without {}", missing.join(", ")),
-            }
-        }
+/// Through which of the kernel's doors images can be served; `--door auto` takes the first.
+pub fn doors(fanotify: bool, cachefiles: bool) -> Finding {
+    let check = "doors";
+    let advice = "the lines below say what each of the two lacks; one is enough";
+    match (fanotify, cachefiles) {
+        (true, true) => finding(check, Level::Ok, "fanotify, cachefiles", ""),
+        (true, false) => finding(check, Level::Ok, "fanotify", ""),
+        (false, true) => finding(check, Level::Ok, "cachefiles", ""),
+        (false, false) => finding(check, Level::Fail, "none", advice),
+    }
+}
+
+/// What trying the fanotify door has shown.
+pub fn fanotify(report: &Report) -> Vec<Finding> {
+    let needs = "the fanotify door needs Linux 6.14 or later with CONFIG_EROFS_FS_BACKED_BY_FILE, \
+                 a cache on ext4, xfs or btrfs, and root";
+    let judge = |found: &probe::Finding| match found.is_good {
+        true => finding(found.check, Level::Ok, found.text.clone(), ""),
+        false => finding(found.check, Level::Fail, found.text.clone(), needs),
     };
-    finding(check, Level::Info, found, "")
+    report.findings.iter().map(judge).collect()
 }
 
 /// What answers at the control socket.
@@ -286,12 +288,15 @@ mod tests {
     }
 
     #[test]
-    fn the_other_door_is_information_whatever_is_found() {
-        let config = "CONFIG_EROFS_FS_BACKED_BY_FILE=y\nCONFIG_FANOTIFY_ACCESS_PERMISSIONS=y\n";
-        assert!(other_door("6.12.0", Some(config)).found.contains("6.14"));
-        assert!(other_door("6.18.0", Some(config)).found.contains("what it takes"));
-        assert!(other_door("6.18.0", Some("")).found.contains("BACKED_BY_FILE"));
-        assert_eq!(other_door("6.18.0", None).level, Level::Info);
+    fn what_stops_the_fanotify_door_is_a_failure_with_advice() {
+        let found =
+            |check, is_good, text: &str| probe::Finding { check, is_good, text: text.into() };
+        let report = Report { findings: vec![found("one", true, "a"), found("two", false, "b")] };
+        let findings = fanotify(&report);
+        let levels: Vec<Level> = findings.iter().map(|finding| finding.level).collect();
+        assert_eq!(levels, [Level::Ok, Level::Fail]);
+        assert_eq!((findings[0].advice.as_str(), findings[1].found.as_str()), ("", "b"));
+        assert!(findings[1].advice.contains("6.14"));
     }
 
     #[test]

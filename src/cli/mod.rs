@@ -12,6 +12,7 @@ mod client;
 mod daemon;
 mod doctor;
 mod fetch;
+mod gc;
 mod host_checks;
 mod images;
 mod inspect;
@@ -86,6 +87,8 @@ enum Command {
     Umount(umount::Options),
     /// List what the daemon serves.
     Images(images::Options),
+    /// Give back the bytes that no mounted image uses.
+    Gc(gc::Options),
     /// Show the daemon's counters and latencies.
     Stat(stat::Options),
     /// Show what is in an image.
@@ -141,6 +144,7 @@ fn dispatch(command: Command) -> Result<Verdict> {
         Command::Mount(options) => mount::run(&options, &mut out),
         Command::Umount(options) => umount::run(&options, &mut out),
         Command::Images(options) => images::run(&options, &mut out),
+        Command::Gc(options) => gc::run(&options, &mut out),
         Command::Stat(options) => stat::run(&options, &mut out),
         Command::Inspect(options) => inspect::run(&options, &mut out),
         Command::Check(options) => check::run(&options, &mut out),

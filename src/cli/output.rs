@@ -91,6 +91,25 @@ pub fn bytes(count: u64) -> String {
     format!("{value:.1} {}", UNITS[unit])
 }
 
+/// Reads a size: a number, or one with K, M, G or T behind it (powers of 1024).
+///
+/// # Errors
+/// A sentence that says what is possible.
+pub fn parse_size(text: &str) -> std::result::Result<u64, String> {
+    let wrong = || format!("{text:?} is no size; write a number, or one like 200M or 50G");
+    let digits = text.trim_end_matches(['K', 'M', 'G', 'T']);
+    let shift = match &text[digits.len()..] {
+        "" => 0,
+        "K" => 10,
+        "M" => 20,
+        "G" => 30,
+        "T" => 40,
+        _ => return Err(wrong()),
+    };
+    let number: u64 = digits.parse().map_err(|_| wrong())?;
+    number.checked_mul(1 << shift).ok_or_else(wrong)
+}
+
 /// Nanoseconds for people: "800 ns", "12.5 us", "3.4 ms", "1.20 s".
 pub fn duration(ns: u64) -> String {
     match ns {
@@ -161,6 +180,15 @@ mod tests {
     fn a_full_disk_is_an_error() {
         let mut out = Output::to(Box::new(Failing(ErrorKind::StorageFull, Rc::default())));
         assert!(out.line("text").is_err());
+    }
+
+    #[test]
+    fn sizes_are_read_in_powers_of_1024() {
+        assert_eq!(parse_size("200M"), Ok(200 << 20));
+        assert_eq!((parse_size("7"), parse_size("1T")), (Ok(7), Ok(1 << 40)));
+        for text in ["", "M", "1MM", "1.5G", "-1", "1g", "99999999T"] {
+            assert!(parse_size(text).is_err(), "{text}");
+        }
     }
 
     #[test]

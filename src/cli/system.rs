@@ -1,8 +1,8 @@
 //! What `sluice doctor` reads from this machine: kernel texts, the device, the cache directory.
 //!
 //! Owns the reading and nothing else; what a reading means is decided in `checks`. Changes nothing:
-//! the device is opened only while nobody holds it and closed at once, and the cache directory is
-//! tried with a file that has no name.
+//! the device is opened only while nobody holds it and closed at once, and the cache directories
+//! are tried with files that have no names.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::Read;
@@ -13,6 +13,7 @@ use nix::sys::statfs::statfs;
 
 use super::client::Api;
 use crate::config;
+use crate::upcall::probe::{Report, probe};
 
 /// Everything the checks look at; an absent text could not be read.
 #[derive(Clone, Debug, Default)]
@@ -45,6 +46,8 @@ pub struct Machine {
     pub io_uring_disabled: Option<String>,
     /// Whether a ring could be made and what it cannot do.
     pub ring: Ring,
+    /// How the kernel behaves where the segments would be.
+    pub fanotify: Report,
     /// The control socket's answer.
     pub daemon: DaemonState,
 }
@@ -121,7 +124,9 @@ pub enum DaemonState {
 
 impl Machine {
     /// Reads this machine; nothing that cannot be read is an error here.
-    pub fn read(cache: Option<&Path>, api: &Api) -> Self {
+    ///
+    /// `fscache` and `cache` are the directories of the two doors.
+    pub fn read(fscache: Option<&Path>, cache: Option<&Path>, api: &Api) -> Self {
         let release = text("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_owned();
         let (holders, cachefilesd) = processes();
         Machine {
@@ -131,7 +136,8 @@ impl Machine {
             device: device(Path::new("/dev/cachefiles"), &holders),
             holders,
             cachefilesd,
-            cache: cache.and_then(cache_directory),
+            cache: fscache.and_then(cache_directory),
+            fanotify: cache.and_then(nearest).map(probe).unwrap_or_default(),
             status: text("/proc/self/status"),
             uid_map: text("/proc/self/uid_map"),
             limits: text("/proc/self/limits"),
@@ -238,10 +244,14 @@ fn is_cachefiles(target: &Path) -> bool {
     target == Path::new("/dev/cachefiles") || target == Path::new("anon_inode:[cachefiles]")
 }
 
+/// The nearest directory that exists.
+fn nearest(path: &Path) -> Option<&Path> {
+    let here = |path| if path == Path::new("") { Path::new(".") } else { path };
+    path.ancestors().map(here).find(|path| path.is_dir())
+}
+
 fn cache_directory(path: &Path) -> Option<CacheDirectory> {
-    let nearest =
-        path.ancestors().map(|p| if p.as_os_str().is_empty() { Path::new(".") } else { p });
-    let nearest = nearest.into_iter().find(|path| path.is_dir())?;
+    let nearest = nearest(path)?;
     let figures = statfs(nearest).ok()?;
     let unnamed = OpenOptions::new()
         .read(true)
@@ -345,7 +355,7 @@ mod tests {
 
     #[test]
     fn this_machine_can_be_read() {
-        let machine = Machine::read(None, &Api::new(PathBuf::from("/nonexistent/api.sock")));
+        let machine = Machine::read(None, None, &Api::new(PathBuf::from("/nonexistent/api.sock")));
         assert!(!machine.release.is_empty());
         assert!(machine.limits.is_some() && machine.status.is_some());
         assert_eq!(machine.daemon, DaemonState::Absent);

@@ -1,8 +1,8 @@
 //! `sluice umount`: takes an image's mount away and, with its last mount, its registration.
 //!
-//! Which image it is stands in the kernel's own mount table, so this works for images that somebody
-//! else registered and mounted, and after any restart. A daemon that does not answer does not keep
-//! the mount from going; it is said, and the exit code is 1.
+//! The daemon does it for what it has mounted. Of mounts by hand through fscache the kernel's own
+//! mount table says which image it is, so this works for them too, and after any restart. A daemon
+//! that does not answer does not keep the mount from going; it is said, and the exit code is 1.
 
 use std::path::{Path, PathBuf};
 
@@ -36,6 +36,19 @@ pub struct Options {
 pub fn run(options: &Options, out: &mut Output) -> Result<Verdict> {
     let mountpoint = std::fs::canonicalize(&options.mountpoint)
         .map_err(|error| Error::io(&error, options.mountpoint.display().to_string()))?;
+    let api = options.daemon.api();
+    let (place, lazy, keep) =
+        (query_value(&mountpoint.to_string_lossy()), options.lazy, options.keep);
+    let query = format!("mountpoint={place}&lazy={lazy}&keep={keep}");
+    match api.delete(&format!("/api/sluice/v1/mounts?{query}")) {
+        Ok(_) => {
+            out.line(format!("unmounted {}", mountpoint.display()))?;
+            return Ok(Verdict::Good);
+        }
+        // The daemon is not there, or it was not the one who mounted.
+        Err(Error::Unavailable { .. } | Error::System { .. } | Error::NotFound(_)) => {}
+        Err(error) => return Err(error),
+    }
     let mount = mounts::at(&mounts::read()?, &mountpoint).cloned().ok_or_else(|| {
         Error::NotFound(format!(
             "{}: no lazily loaded image is mounted there (see `findmnt -t erofs`)",

@@ -5,10 +5,12 @@
 //! on them; the endpoints below `/api/sluice/v1/` are ours.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 use serde::Deserialize;
 
 use super::entry::{self, Entry, Refusal};
+use super::mount_wish::MountWish;
 use super::reply::{self, Response};
 use crate::blob::journal::{Level, level_named};
 
@@ -38,6 +40,8 @@ pub struct Request {
     pub target: String,
     /// The body, if it has any bytes.
     pub body: Option<Vec<u8>>,
+    /// The process that sent it.
+    pub peer: Option<u32>,
 }
 
 /// What is to be done.
@@ -110,10 +114,34 @@ pub enum Call {
         /// The cookie.
         blob_id: String,
     },
+    /// Register an image, unless it is registered, and mount it.
+    Mount {
+        /// What to mount where.
+        wish: Box<MountWish>,
+        /// The process whose mount namespace is meant.
+        peer: Option<u32>,
+    },
+    /// Take a mount away.
+    Unmount {
+        /// Which.
+        mountpoint: PathBuf,
+        /// At once for new users, when its last user leaves for the others.
+        lazy: bool,
+        /// Leave the image registered.
+        keep: bool,
+        /// The process whose mount namespace is meant.
+        peer: Option<u32>,
+    },
+    /// All mounts.
+    Mounts,
     /// All statistics.
     Stat,
     /// All images.
     Images,
+    /// Bytes by blob, and who uses them.
+    Cache,
+    /// Give back what nobody uses.
+    CollectGarbage,
 }
 
 impl Call {
@@ -121,7 +149,20 @@ impl Call {
     /// the others.
     pub fn may_wait(&self) -> bool {
         use Call::*;
-        matches!(self, Register { .. } | Cull { .. } | Start | SendFd | Takeover | Configure { .. })
+        matches!(
+            self,
+            Register { .. }
+                | Cull { .. }
+                | Start
+                | SendFd
+                | Takeover
+                | Configure { .. }
+                | Mount { .. }
+                | Unmount { .. }
+                | Images
+                | Cache
+                | CollectGarbage
+        )
     }
 }
 
@@ -163,7 +204,10 @@ pub fn route(request: &Request) -> Result<Call, Response> {
             _ => Err(reply::bad_request()),
         },
         "/api/v2/blobs" => blobs(request, &target),
+        "/api/sluice/v1/mounts" => mounts(request, &target),
         "/api/sluice/v1/stat" => request.get(|| Ok(Call::Stat)),
+        "/api/sluice/v1/cache" => request.get(|| Ok(Call::Cache)),
+        "/api/sluice/v1/gc" => request.act(Call::CollectGarbage),
         "/api/sluice/v1/images" => request.get(|| Ok(Call::Images)),
         _ => Err(reply::no_route()),
     }
@@ -217,6 +261,24 @@ fn blobs(request: &Request, target: &Target) -> Result<Call, Response> {
                 }
                 _ => Err(reply::bad_request()),
             }
+        }
+        _ => Err(reply::bad_request()),
+    }
+}
+
+fn mounts(request: &Request, target: &Target) -> Result<Call, Response> {
+    let peer = request.peer;
+    match request.parts() {
+        (Method::Get, None) => Ok(Call::Mounts),
+        (Method::Put, Some(body)) => match MountWish::parse(body) {
+            Ok(wish) => Ok(Call::Mount { wish: Box::new(wish), peer }),
+            Err(Refusal::Parse(error)) => Err(reply::parse_body(&error)),
+            Err(Refusal::Refused(reason)) => Err(reply::bad_request_because(&reason)),
+        },
+        (Method::Delete, None) => {
+            let mountpoint = PathBuf::from(target.mountpoint()?);
+            let is_set = |key| target.value(key).is_some_and(|value| value == "true");
+            Ok(Call::Unmount { mountpoint, lazy: is_set("lazy"), keep: is_set("keep"), peer })
         }
         _ => Err(reply::bad_request()),
     }

@@ -11,6 +11,8 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use nix::poll::PollFlags;
+use nix::sys::socket::getsockopt;
+use nix::sys::socket::sockopt::PeerCredentials;
 
 use super::api::Request;
 use super::http::{self, Progress};
@@ -24,6 +26,8 @@ use crate::config::{
 #[derive(Debug)]
 pub struct Connection {
     stream: UnixStream,
+    /// The process at the other end, when it connected.
+    peer: Option<u32>,
     input: Vec<u8>,
     /// Parsing is of no use before the input has so many bytes.
     needed_bytes: usize,
@@ -67,8 +71,11 @@ pub enum Moved {
 impl Connection {
     /// Takes a socket that does not block.
     pub fn new(stream: UnixStream, now: Instant) -> Self {
+        let credentials = getsockopt(&stream, PeerCredentials).ok();
+        let peer = credentials.and_then(|peer| u32::try_from(peer.pid()).ok());
         Self {
             stream,
+            peer,
             input: Vec::new(),
             needed_bytes: 1,
             output: Vec::new(),
@@ -177,7 +184,7 @@ impl Connection {
                 self.needed_bytes = 1;
                 self.keep_alive &= keep_alive;
                 self.enter(Phase::Waiting, now);
-                Moved::Asks(request)
+                Moved::Asks(Request { peer: self.peer, ..request })
             }
             Err(sentence) => {
                 (self.keep_alive, self.refused) = (false, true);

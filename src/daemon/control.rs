@@ -6,6 +6,7 @@
 //! through [`Hooks`], which the daemon fills in.
 
 use std::collections::BTreeSet;
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use serde_json::{Map, Value, json};
@@ -14,6 +15,9 @@ use super::admission;
 use super::api::Call;
 use super::cull::Culler;
 use super::entry::Entry;
+use super::evictor::Evictor;
+use super::mount_wish::MountWish;
+use super::mounts::{Door, Mounted, Mounts, Place};
 use super::reply::{self, Identity, Response};
 use super::state::{Event, StateMachine};
 use super::statistics::Statistics;
@@ -78,6 +82,10 @@ pub struct ControlPlane {
     pub culler: Option<Culler>,
     /// What the cache may hold; none without a cache directory.
     pub ledger: Option<Ledger>,
+    /// What is mounted.
+    pub mounts: Mounts,
+    /// Gives segments back; none without the fanotify door.
+    pub evictor: Option<Arc<Evictor>>,
     /// The way to the rest.
     pub hooks: Hooks,
     /// Names of what was configured; the values are secrets.
@@ -136,20 +144,30 @@ impl ControlPlane {
                 reply::document(&reply::listing(&self.catalog.list(&domain_id, id.as_deref())))
             }
             Call::UnregisterDomain { domain_id } => {
+                if let Err(error) = self.check_unused(&domain_id, None) {
+                    return reply::failed("DeleteBlobObject", &error);
+                }
                 self.catalog.unregister_domain(&domain_id);
                 (self.hooks.forgotten)(&domain_id, None);
                 reply::done()
             }
             Call::Unregister { domain_id, id } => {
-                let outcome = self.catalog.unregister(&domain_id, &id);
-                if outcome.is_ok() {
-                    (self.hooks.forgotten)(&domain_id, Some(&id));
-                }
-                answer("DeleteBlobObject", outcome)
+                let unused = self.check_unused(&domain_id, Some(&id));
+                answer("DeleteBlobObject", unused.and_then(|()| self.unregister(&domain_id, &id)))
             }
             Call::Cull { blob_id } => self.cull(&blob_id),
+            Call::Mount { wish, peer } => told(self.mount(*wish, peer)),
+            Call::Unmount { mountpoint, lazy, keep, peer } => {
+                match self.unmount(&mountpoint, peer, lazy, keep) {
+                    Ok(()) => reply::done(),
+                    Err(error) => reply::told(&error),
+                }
+            }
+            Call::Mounts => reply::document(&reply::mounts(&self.mounts.list())),
             Call::Stat => reply::document(&self.stat()),
-            Call::Images => reply::document(&reply::images(&self.catalog.images())),
+            Call::Images => told(self.images()),
+            Call::Cache => told(self.cache()),
+            Call::CollectGarbage => told(self.collect_garbage()),
         }
     }
 
@@ -175,6 +193,121 @@ impl ControlPlane {
             (self.hooks.forgotten)(&image.domain_id, Some(&image.id));
         }
         Ok(image)
+    }
+
+    /// Registers an image, unless it is, and mounts it.
+    fn mount(&self, wish: MountWish, peer: Option<u32>) -> Result<Value> {
+        let at = Place::seen_by(&wish.mountpoint, peer)?;
+        let door = self.mounts.door(wish.door)?;
+        let _turn = self.mounts.turn();
+        let spec = wish.entry.clone().into_spec()?;
+        let domain_id = if spec.domain_id.is_empty() { &spec.id } else { &spec.domain_id };
+        let known = self.catalog.image(domain_id, &spec.id);
+        let is_mounted = !self.mounts.places(domain_id, &spec.id).is_empty();
+        let image = match known {
+            // Somebody reads it: it must be the same image.
+            Some(image) if is_mounted => {
+                if !image.has_bootstrap(&spec.metadata_path) {
+                    return Err(Error::Exists(format!(
+                        "image {domain_id}/{} is mounted with another bootstrap; choose another id",
+                        spec.id
+                    )));
+                }
+                image
+            }
+            // Left there by a mount that went away. Its bytes may be the same, its registry need
+            // not be: what is said now counts.
+            Some(_) => {
+                self.unregister(domain_id, &spec.id)?;
+                self.register(wish.entry, &wish.body)?
+            }
+            None => self.register(wish.entry, &wish.body)?,
+        };
+        if let Err(error) = self.mounts.mount(&image, &at, peer, door) {
+            if !is_mounted {
+                self.unregister(&image.domain_id, &image.id)?;
+            }
+            return Err(error);
+        }
+        let (id, domain_id) = (&image.id, &image.domain_id);
+        self.journal.write(Level::Info, || {
+            format!("image {domain_id}/{id} mounted at {}", at.mountpoint.display())
+        });
+        Ok(json!({ "id": id, "domain_id": domain_id, "door": door.name() }))
+    }
+
+    /// Takes a mount away and, with an image's last, its registration.
+    fn unmount(&self, mountpoint: &Path, peer: Option<u32>, lazy: bool, keep: bool) -> Result<()> {
+        let at = Place::seen_by(mountpoint, peer)?;
+        let _turn = self.mounts.turn();
+        let (mounted, was_last) = self.mounts.unmount(&at, peer, lazy)?;
+        self.journal.write(Level::Info, || {
+            let (domain_id, id) = (&mounted.domain_id, &mounted.id);
+            format!("image {domain_id}/{id} unmounted from {}", mountpoint.display())
+        });
+        // Who still uses a mount that is lazily gone goes on to read.
+        if was_last && !lazy {
+            self.let_go(&mounted, keep);
+        }
+        Ok(())
+    }
+
+    /// Notices what was unmounted by hand.
+    fn reconcile(&self) {
+        for mounted in self.mounts.reconcile() {
+            self.let_go(&mounted, false);
+        }
+    }
+
+    /// An image is mounted nowhere any more.
+    fn let_go(&self, mounted: &Mounted, keep: bool) {
+        let (domain_id, id) = (&mounted.domain_id, &mounted.id);
+        if let Some(image) = self.catalog.image(domain_id, id) {
+            self.mounts.forget(&image);
+        }
+        if !keep {
+            // Somebody may have unregistered it before.
+            let _ = self.unregister(domain_id, id);
+        }
+    }
+
+    /// The daemon goes down: what no mounted image needs any more is taken away.
+    pub fn close_doors(&self) {
+        let _turn = self.mounts.turn();
+        self.reconcile();
+        if let Err(error) = self.mounts.close() {
+            self.journal.error(format!("the door's own mount stays: {error}"));
+        }
+    }
+
+    /// Looks after what was unmounted by hand, from time to time.
+    pub fn look_after_mounts(&self) {
+        let _turn = self.mounts.turn();
+        self.reconcile();
+    }
+
+    fn unregister(&self, domain_id: &str, id: &str) -> Result<()> {
+        self.catalog.unregister(domain_id, id)?;
+        (self.hooks.forgotten)(domain_id, Some(id));
+        Ok(())
+    }
+
+    /// An image this daemon has mounted is not forgotten while somebody may read it.
+    fn check_unused(&self, domain_id: &str, id: Option<&str>) -> Result<()> {
+        let mounts = self.mounts.list();
+        let is_meant = |mounted: &Mounted| {
+            mounted.door == Door::Fanotify
+                && mounted.domain_id == domain_id
+                && id.is_none_or(|id| mounted.id == id)
+        };
+        match mounts.iter().find(|(_, mounted)| is_meant(mounted)) {
+            None => Ok(()),
+            Some((place, mounted)) => Err(Error::Busy(format!(
+                "image {domain_id}/{} is mounted at {}; unmount it first",
+                mounted.id,
+                place.mountpoint.display()
+            ))),
+        }
     }
 
     fn transition(&self, kind: &str, event: Event, work: &Act) -> Response {
@@ -257,6 +390,13 @@ fn answer(kind: &str, outcome: Result<()>) -> Response {
     match outcome {
         Ok(()) => reply::done(),
         Err(error) => reply::failed(kind, &error),
+    }
+}
+
+fn told(outcome: Result<Value>) -> Response {
+    match outcome {
+        Ok(document) => reply::document(&document),
+        Err(error) => reply::told(&error),
     }
 }
 

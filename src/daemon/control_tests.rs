@@ -30,6 +30,8 @@ pub fn control(hooks: Hooks) -> ControlPlane {
         identity: Identity::default(),
         culler: None,
         ledger: None,
+        mounts: super::mounts::Mounts::new(None, false, Box::new(|_, _, _| ())),
+        evictor: None,
         hooks,
         configured: Mutex::default(),
     }
@@ -57,7 +59,7 @@ pub fn entry(domain_id: &str, id: &str, bootstrap: &Path, work_dir: &Path) -> Va
 
 fn ask(control: &ControlPlane, method: Method, target: &str, body: Option<&str>) -> Response {
     let body = body.map(|body| body.as_bytes().to_vec());
-    let request = Request { method, target: target.to_owned(), body };
+    let request = Request { method, target: target.to_owned(), body, peer: None };
     match api::route(&request) {
         Ok(call) => control.perform(call),
         Err(response) => response,

@@ -54,6 +54,28 @@ impl Culler {
         }
     }
 
+    /// Every cache file with a name, as domain and cookie.
+    ///
+    /// # Errors
+    /// What the disk says.
+    pub fn cookies(&self) -> Result<Vec<(String, String)>> {
+        let mut found = Vec::new();
+        let name_of = |path: &Path| path.file_name().and_then(OsStr::to_str).map(str::to_owned);
+        for volume in directories(&self.fscache_dir.join("cache"), b"Ierofs,")? {
+            let Some(domain) = name_of(&volume) else { continue };
+            let domain = domain.trim_start_matches("Ierofs,").to_owned();
+            for fan in directories(&volume, b"@")? {
+                let entries = std::fs::read_dir(&fan)
+                    .map_err(|error| Error::io(&error, fan.display().to_string()))?;
+                let names = entries.flatten().filter_map(|entry| name_of(&entry.path()));
+                let cookies = names.filter_map(|name| name.strip_prefix('D').map(str::to_owned));
+                found.extend(cookies.map(|cookie| (domain.clone(), cookie)));
+            }
+        }
+        found.truncate(CULL_FILES_MAX);
+        Ok(found)
+    }
+
     /// Makes sure that the kernel holds nothing for a cookie of a domain, neither a file nor an
     /// open object whose file has no name yet; says how many files were removed. They do not come
     /// back with a power failure. Waits for a cookie that is being let go; blocks on the disk.

@@ -60,7 +60,8 @@ pub fn parse(buffer: &[u8]) -> Result<Progress, String> {
         return Ok(Progress::More { needed_bytes: length_bytes, awaits_continue });
     }
     let body = (body_bytes > 0).then(|| buffer[head_bytes..length_bytes].to_vec());
-    let request = Request { method, target: head.path.unwrap_or("/").to_owned(), body };
+    let target = head.path.unwrap_or("/").to_owned();
+    let request = Request { method, target, body, peer: None };
     Ok(Progress::Whole { request, keep_alive: traits.keep_alive, length_bytes })
 }
 

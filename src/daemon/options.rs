@@ -12,8 +12,8 @@ use clap::{CommandFactory, Parser};
 
 use super::entry::{self, Entry, Refusal};
 use crate::config::{
-    BLOBS_FILE_MAX_BYTES, CORES_MAX, Config, FAULT_DEADLINE_DEFAULT_MS, Intake, LogLevel,
-    NOFILE_DEFAULT, NYDUSD_THREADS_MAX, STATE_DIR_DEFAULT,
+    BLOBS_FILE_MAX_BYTES, CORES_MAX, Config, DoorChoice, FAULT_DEADLINE_DEFAULT_MS, Intake,
+    LogLevel, NOFILE_DEFAULT, NYDUSD_THREADS_MAX, STATE_DIR_DEFAULT,
 };
 use crate::error::{Error, Result};
 
@@ -139,6 +139,9 @@ impl Raw {
             remarks.push("--log-rotation-size: the log is not rotated; use logrotate".to_owned());
         }
         let config = Config {
+            door: DoorChoice::Cachefiles,
+            cache_dir: PathBuf::from(STATE_DIR_DEFAULT),
+            cache_quota_bytes: 0,
             fscache_dir,
             fscache_tag: self.fscache_tag,
             api_socket: self.apisock,

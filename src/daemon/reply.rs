@@ -8,6 +8,7 @@ use std::sync::Arc;
 use serde_json::{Value, json};
 
 use super::entry::ParseError;
+use super::mounts::{Mounted, Place};
 use super::state::{Event, Refused, State};
 use crate::blob::catalog::Listed;
 use crate::blob::journal::Errors;
@@ -100,6 +101,19 @@ pub fn failed(kind: &str, why: &Error) -> Response {
     error(500, &format!("{kind}(DaemonAbnormal(Other({:?})))", why.to_string()))
 }
 
+/// A call of our own API failed: the status tells programs, the text tells people.
+pub fn told(why: &Error) -> Response {
+    let status = match why {
+        Error::NotFound(_) => 404,
+        Error::Exists(_) => 409,
+        Error::Busy(_) => 423,
+        Error::Unsupported(_) => 501,
+        Error::Malformed(_) => 400,
+        _ => 500,
+    };
+    error(status, &why.to_string())
+}
+
 /// A change of state was refused.
 pub fn refused(kind: &str, why: &Refused) -> Response {
     match why {
@@ -155,6 +169,20 @@ pub fn events(errors: &Errors) -> Value {
 /// GET blobs: one object for each image and data blob.
 pub fn listing(listed: &[Listed]) -> Value {
     listed.iter().map(listed_one).collect()
+}
+
+/// GET mounts.
+pub fn mounts(mounts: &[(Place, Mounted)]) -> Value {
+    let one = |(place, mounted): &(Place, Mounted)| {
+        json!({
+            "mountpoint": place.mountpoint.to_string_lossy(),
+            "mount_namespace": place.namespace,
+            "domain_id": mounted.domain_id,
+            "id": mounted.id,
+            "door": mounted.door.name(),
+        })
+    };
+    mounts.iter().map(one).collect()
 }
 
 /// GET images.

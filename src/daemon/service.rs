@@ -11,11 +11,13 @@ use nix::sys::signal::{SigSet, Signal, kill};
 use nix::unistd::Pid;
 
 use super::control::{ControlPlane, Hooks};
-use super::cookies::Cookies;
 use super::cull::Culler;
+use super::doors::Doors;
 use super::log;
+use super::mounts::{Door, Mounts};
 use super::options::read_blobs_file;
 use super::reply::Identity;
+use super::sealer::Sealer;
 use super::server::Server;
 use super::socket::ControlSocket;
 use super::state::{Event, Refused, StateMachine};
@@ -29,7 +31,6 @@ use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::registry::route::Shared;
 use crate::store::ledger::Ledger;
-use crate::upcall::device::Device;
 
 /// Runs a daemon until SIGTERM, SIGINT or the API ends it.
 ///
@@ -58,42 +59,67 @@ fn serve(config: &Config, journal: &Arc<Journal>, signals: &SigSet) -> Result<()
     raise_nofile(config.nofile_limit, journal)?;
     // The API's place is taken first: a second daemon must not get as far as the device.
     let socket = config.api_socket.as_deref().map(ControlSocket::bind).transpose()?;
-    let device = match &config.fscache_dir {
-        Some(directory) => Some(Arc::new(Device::bind(directory, config.fscache_tag.as_deref())?)),
-        None => None,
-    };
+    let routes = Shared::new();
+    let doors = Doors::open(config, &routes, journal)?;
+    let watch = doors
+        .fanotify
+        .as_ref()
+        .map(|door| (Arc::clone(door.binder.group()), Arc::clone(door.binder.bindings())));
     let parts = WorkerParts {
         cpus: config.cores.clone(),
-        device: device.clone(),
+        device: doors.cachefiles.as_ref().map(|(device, _)| Arc::clone(device)),
         intake: config.intake,
+        watch,
         catalog: Arc::new(Catalog::default()),
         journal: Arc::clone(journal),
         counters: Counters::new(config.cores.len()),
-        routes: Shared::new(),
+        routes,
         fault_deadline_ms: config.fault_deadline_ms,
+        make_room: doors.make_room(),
     };
-    let culler = config.fscache_dir.as_deref().zip(device).map(|(directory, device)| {
-        let command = Arc::new(move |command: &str| device.command(command));
-        Culler::new(directory, Cookies::of_kernel(), command)
-    });
-    let ledger = culler.as_ref().map(|culler| open_ledger(config, culler, journal)).transpose()?;
     let workers = Workers::start(&parts)?;
-    let control = Arc::new(control_plane(config, &parts, &workers, culler, ledger));
-    let served = begin(config, &control, socket);
-    drop(parts);
-    if let Ok(server) = served {
-        journal.write(Level::Info, || format!("serving on CPUs {:?}", config.cores));
-        let signal = signals.wait();
-        journal.write(Level::Info, || format!("stopping: {signal:?}"));
-        if let Some(server) = server {
-            server.stop();
-        }
-        workers.stop();
-        Ok(())
-    } else {
-        workers.stop();
-        served.map(drop)
+    let control = control_plane(config, &parts, &workers, &doors);
+    let served =
+        control.and_then(|control| run_until_told(config, control, socket, doors, signals));
+    workers.stop();
+    served
+}
+
+/// Serves until a signal comes; the workers are stopped by the caller.
+fn run_until_told(
+    config: &Config,
+    control: ControlPlane,
+    socket: Option<ControlSocket>,
+    doors: Doors,
+    signals: &SigSet,
+) -> Result<()> {
+    let control = Arc::new(control);
+    let journal = Arc::clone(&control.journal);
+    let sealer = doors.fanotify.map(|door| {
+        let looker = Arc::downgrade(&control);
+        let tick = move || {
+            if let Some(control) = looker.upgrade() {
+                control.look_after_mounts();
+            }
+        };
+        Sealer::start(door, &journal, Box::new(tick))
+    });
+    let sealer = sealer.transpose()?;
+    let server = begin(config, &control, socket)?;
+    journal.write(Level::Info, || {
+        let open: Vec<_> = control.mounts.doors().map(Door::name).collect();
+        format!("serving on CPUs {:?}, doors {open:?}", config.cores)
+    });
+    let signal = signals.wait();
+    journal.write(Level::Info, || format!("stopping: {signal:?}"));
+    if let Some(server) = server {
+        server.stop();
     }
+    if let Some(sealer) = sealer {
+        sealer.stop();
+    }
+    control.close_doors();
+    Ok(())
 }
 
 /// Shows the daemon as running, registers what a file lists, opens the API.
@@ -120,9 +146,11 @@ fn control_plane(
     config: &Config,
     parts: &WorkerParts,
     workers: &Workers,
-    culler: Option<Culler>,
-    ledger: Option<Ledger>,
-) -> ControlPlane {
+    doors: &Doors,
+) -> Result<ControlPlane> {
+    let culler = doors.culler();
+    let open_ledger = |culler| open_ledger(config, culler, &parts.journal);
+    let ledger = culler.as_ref().map(open_ledger).transpose()?;
     let (mailboxes, routes) = (workers.mailboxes(), Arc::clone(&parts.routes));
     let (journal, credentials) = (Arc::clone(&parts.journal), Arc::clone(&parts.routes));
     let hooks = Hooks {
@@ -156,7 +184,9 @@ fn control_plane(
         ..Hooks::idle()
     };
     let supervisor = config.supervisor.as_ref().map(|path| path.display().to_string());
-    ControlPlane {
+    let binder = doors.fanotify.as_ref().map(|door| Arc::clone(&door.binder));
+    let has_cachefiles = doors.cachefiles.is_some();
+    Ok(ControlPlane {
         catalog: Arc::clone(&parts.catalog),
         state: Arc::new(StateMachine::new()),
         statistics: Arc::new(Statistics::new(Arc::clone(&parts.counters), workers.ask_cores())),
@@ -164,9 +194,11 @@ fn control_plane(
         identity: Identity { id: config.id.clone(), supervisor },
         culler,
         ledger,
+        mounts: Mounts::new(binder, has_cachefiles, Box::new(|_, _, _| ())),
+        evictor: doors.fanotify.as_ref().map(|door| Arc::clone(&door.evictor)),
         hooks,
         configured: Mutex::default(),
-    }
+    })
 }
 
 /// The ledger of the cache that `culler` culls.

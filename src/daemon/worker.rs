@@ -13,7 +13,7 @@ use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
 
 use crate::blob::catalog::Catalog;
-use crate::blob::crew::{Crew, CrewParts, Mail};
+use crate::blob::crew::{Crew, CrewParts, Mail, MakeRoom};
 use crate::blob::journal::Journal;
 use crate::blob::statistics::{Counters, SnapshotRequest};
 use crate::config::{
@@ -27,19 +27,24 @@ use crate::engine::{Core, CoreId, Driver, Parts};
 use crate::error::{Error, Result};
 use crate::registry::client::Client;
 use crate::registry::route::Shared;
+use crate::upcall::bindings::Bindings;
 use crate::upcall::device::Device;
+use crate::upcall::group::Group;
 use crate::upcall::intake::{Door, DoorParts};
 use crate::upcall::objects::DoorMail;
+use crate::upcall::watch::{EventJob, Watch, WatchMail, WatchParts};
 
 /// What all workers share.
 #[derive(Clone)]
 pub struct WorkerParts {
     /// The CPUs, one worker each.
     pub cpus: Vec<usize>,
-    /// The kernel's door; without one the workers serve nobody.
+    /// The cachefiles door, if it is open.
     pub device: Option<Arc<Device>>,
     /// How they share it.
     pub intake: Intake,
+    /// The fanotify door, if it is open: its group and what is bound.
+    pub watch: Option<(Arc<Group>, Arc<Bindings>)>,
     /// What is registered.
     pub catalog: Arc<Catalog>,
     /// The log.
@@ -50,13 +55,22 @@ pub struct WorkerParts {
     pub routes: Arc<Shared>,
     /// A read is answered within this time.
     pub fault_deadline_ms: u64,
+    /// What a core asks when the disk is full.
+    pub make_room: MakeRoom,
 }
 
 /// The running workers.
 pub struct Workers {
     threads: Vec<JoinHandle<()>>,
+    to: Mailboxes,
+}
+
+/// The mailboxes of all cores.
+#[derive(Clone, Default)]
+struct Mailboxes {
     mail: Vec<Sender<Mail>>,
     doors: Vec<Sender<DoorMail>>,
+    watches: Vec<Sender<WatchMail>>,
 }
 
 /// The receiving ends of one core.
@@ -64,6 +78,7 @@ struct Boxes {
     wake: Arc<Wake>,
     mail: Receiver<Mail>,
     door: Receiver<DoorMail>,
+    watch: Receiver<WatchMail>,
 }
 
 impl Workers {
@@ -73,23 +88,26 @@ impl Workers {
     /// What the first worker that cannot start says; the others have been stopped again.
     pub fn start(parts: &WorkerParts) -> Result<Workers> {
         let helpers = Helpers::start(HELPER_THREADS)?;
-        let mut workers = Workers { threads: Vec::new(), mail: Vec::new(), doors: Vec::new() };
+        let mut to = Mailboxes::default();
         let mut boxes = Vec::new();
         for _ in &parts.cpus {
             let wake = Wake::new()?;
             let (to_mail, mail) = mailbox(&wake, MAILBOX_CAPACITY);
             let (to_door, door) = mailbox(&wake, MAILBOX_CAPACITY);
-            workers.mail.push(to_mail);
-            workers.doors.push(to_door);
-            boxes.push(Boxes { wake, mail, door });
+            let (to_watch, watch) = mailbox(&wake, MAILBOX_CAPACITY);
+            to.mail.push(to_mail);
+            to.doors.push(to_door);
+            to.watches.push(to_watch);
+            boxes.push(Boxes { wake, mail, door, watch });
         }
+        let mut workers = Workers { threads: Vec::new(), to };
         let (started, outcomes) = crossbeam_channel::bounded(parts.cpus.len());
         for (number, boxes) in boxes.into_iter().enumerate() {
             let (parts, helpers, started) = (parts.clone(), Arc::clone(&helpers), started.clone());
-            let (mail, doors) = (workers.mail.clone(), workers.doors.clone());
+            let to = workers.to.clone();
             let thread = std::thread::Builder::new().name(format!("core-{number}"));
             let body = move || {
-                let worker = || work(number, &parts, boxes, (mail, doors), helpers, &started);
+                let worker = || work(number, &parts, boxes, to, helpers, &started);
                 if std::panic::catch_unwind(std::panic::AssertUnwindSafe(worker)).is_err() {
                     std::process::abort();
                 }
@@ -119,21 +137,30 @@ impl Workers {
             let mail = mail.clone();
             Box::new(move |request: SnapshotRequest| mail.send(Mail::Snapshot(request)).is_ok())
         };
-        self.mail.iter().map(ask).collect()
+        self.to.mail.iter().map(ask).collect()
     }
 
     /// All cores' mailboxes.
     pub fn mailboxes(&self) -> Vec<Sender<Mail>> {
-        self.mail.clone()
+        self.to.mail.clone()
+    }
+
+    /// Has an event served that a daemon which died had read. False when no core takes it.
+    pub fn serve_event(&self, job: EventJob) -> bool {
+        let core = job.file.0 as usize % self.to.watches.len();
+        self.to.watches[core].send(WatchMail::HandOver(job)).is_ok()
     }
 
     /// Takes nothing new, lets readers that wait be answered for a bounded time, ends.
     pub fn stop(self) {
-        for door in &self.doors {
-            // A full box belongs to a core that ends by itself or is past caring.
+        // A full box belongs to a core that ends by itself or is past caring.
+        for door in &self.to.doors {
             let _ = door.send(DoorMail::Stop);
         }
-        for mail in &self.mail {
+        for watch in &self.to.watches {
+            let _ = watch.send(WatchMail::Stop);
+        }
+        for mail in &self.to.mail {
             let _ = mail.send(Mail::Stop);
         }
         for thread in self.threads {
@@ -146,7 +173,7 @@ fn work(
     number: usize,
     parts: &WorkerParts,
     boxes: Boxes,
-    (mail, doors): (Vec<Sender<Mail>>, Vec<Sender<DoorMail>>),
+    to: Mailboxes,
     helpers: Arc<Helpers>,
     started: &crossbeam_channel::Sender<Result<()>>,
 ) {
@@ -163,8 +190,9 @@ fn work(
         counters: parts.counters.of_core(number),
         journal: Arc::clone(&parts.journal),
         catalog: Arc::clone(&parts.catalog),
-        cores: mail,
+        cores: to.mail,
         fault_deadline_ns: parts.fault_deadline_ms * MILLISECOND_NS,
+        make_room: Arc::clone(&parts.make_room),
     };
     let crew = Crew::new(&core, crew_parts);
     let is_over = Rc::new(Cell::new(false));
@@ -172,8 +200,12 @@ fn work(
     crew.start(boxes.mail, Rc::new(move || flag.set(true)));
     if let Some(device) = &parts.device {
         let (device, routes) = (Arc::clone(device), Arc::clone(&parts.routes));
-        let door_parts = DoorParts { device, routes, cores: doors, intake: parts.intake };
+        let door_parts = DoorParts { device, routes, cores: to.doors, intake: parts.intake };
         Door::start(&crew, door_parts, boxes.door);
+    }
+    if let Some((group, bindings)) = &parts.watch {
+        let (group, bindings) = (Arc::clone(group), Arc::clone(bindings));
+        Watch::start(&crew, WatchParts { group, bindings, cores: to.watches }, boxes.watch);
     }
     let _ = started.send(Ok(()));
     core.run(|| is_over.get());

@@ -131,6 +131,8 @@ pub enum Call<'a> {
     Read(Fd, &'a mut [u8]),
     /// write(2): for devices that answer at once.
     Write(Fd, &'a [u8]),
+    /// pwrite(2): for plain files on a local disk, a slice at a time.
+    WriteAt(Fd, &'a [u8], u64),
     /// lseek(2) with SEEK_DATA or SEEK_HOLE.
     Seek(Fd, u64, i32),
     /// ioctl(2) with a number as argument.

@@ -208,6 +208,13 @@ pub fn system_call(call: Call<'_>) -> std::result::Result<u64, i32> {
             // SAFETY: the slice is valid for its length during the call.
             unsafe { libc::write(fd.0, bytes.as_ptr().cast(), bytes.len()) as i64 }
         }
+        Call::WriteAt(fd, bytes, offset) => {
+            // SAFETY: the slice is valid for its length during the call.
+            unsafe {
+                let (start, size) = (bytes.as_ptr().cast(), bytes.len());
+                libc::pwrite(fd.0, start, size, offset as libc::off_t) as i64
+            }
+        }
         Call::Seek(fd, offset, whence) => {
             // SAFETY: no memory is passed.
             unsafe { libc::lseek(fd.0, offset as libc::off_t, whence) }

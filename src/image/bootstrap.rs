@@ -7,7 +7,7 @@
 
 use super::blob_table::{self, BlobRecord};
 use super::chunk_table::{self, ChunkRecord};
-use super::identity::{BLOB_ID_MAX_BYTES, BlobId};
+use super::identity::{BLOB_ID_MAX_BYTES, BlobId, ChunkIndex};
 use super::little::{bytes_at, u32_at};
 use super::superblock::{BLOCK_BYTES, SLOT_BYTES, Superblock};
 use crate::config::BOOTSTRAP_MAX_BYTES;
@@ -101,6 +101,19 @@ impl Bootstrap {
         let span = self.chunk_spans.get(blob_index as usize).cloned().unwrap_or(0..0);
         let table = self.chunk_table();
         self.chunk_order[span].iter().map(|&position| ChunkRecord::read(&table[position as usize]))
+    }
+
+    /// A listed chunk of a blob. O(1) if the bootstrap lists all of that blob, else O(log n).
+    pub fn chunk(&self, blob_index: u32, index: ChunkIndex) -> Option<ChunkRecord> {
+        let order = &self.chunk_order[self.chunk_spans.get(blob_index as usize)?.clone()];
+        let table = self.chunk_table();
+        let index_of = |&position: &u32| u32_at(&table[position as usize], 72);
+        let dense = order.get(index.0 as usize).filter(|position| index_of(position) == index.0);
+        let position = dense.or_else(|| {
+            let found = order.binary_search_by_key(&index.0, index_of);
+            found.ok().map(|found| &order[found])
+        });
+        position.map(|&position| ChunkRecord::read(&table[position as usize]))
     }
 
     /// Inode numbers the builder wants loaded first, in its order.

@@ -12,6 +12,7 @@ use super::little::{u16_at, u64_at};
 use super::superblock::BLOCK_BYTES;
 use crate::config::{FILE_NAME_MAX_BYTES, LINK_TARGET_MAX_BYTES};
 use crate::error::{Error, Result};
+use std::ops::Range;
 
 /// The tree of one image.
 #[derive(Clone, Copy, Debug)]
@@ -129,6 +130,12 @@ impl<'a> Tree<'a> {
 
     /// The data of a directory or link: whole blocks, then what stands behind the inode.
     fn flat(self, inode: &Inode) -> Result<(&'a [u8], &'a [u8])> {
+        let (body, tail) = self.flat_ranges(inode)?;
+        Ok((&self.bytes()[body], &self.bytes()[tail]))
+    }
+
+    /// Where both lie in the bootstrap; `0..0` if there is no whole block.
+    pub(super) fn flat_ranges(self, inode: &Inode) -> Result<(Range<usize>, Range<usize>)> {
         let size = usize::try_from(inode.size).map_err(|_| malformed!("{} bytes", inode.size))?;
         let (body, tail) = match inode.layout {
             DataLayout::FlatPlain => (size, 0),
@@ -144,8 +151,10 @@ impl<'a> Tree<'a> {
         if tail_start % BLOCK_BYTES + tail > BLOCK_BYTES {
             return Err(malformed!("its inline data crosses a block"));
         }
-        let part =
-            |start: usize, length: usize| self.bytes().get(start..start.checked_add(length)?);
+        let part = |start: usize, length: usize| {
+            let end = start.checked_add(length).filter(|&end| end <= self.bytes().len())?;
+            Some(start..end)
+        };
         let parts =
             body_start.and_then(|start| Some((part(start, body)?, part(tail_start, tail)?)));
         parts.ok_or_else(|| malformed!("its data leaves the bootstrap"))

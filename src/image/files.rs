@@ -38,9 +38,9 @@ pub struct FileChunks<'a> {
     before: Option<(u32, u64)>,
 }
 
-const ENTRY_BYTES: usize = 8;
+pub(super) const ENTRY_BYTES: usize = 8;
 /// The chunk format: low 5 bits are log2 of the chunk's blocks, this one is always set.
-const FORMAT_INDEXES: u32 = 0x20;
+pub(super) const FORMAT_INDEXES: u32 = 0x20;
 const FORMAT_BITS: u32 = 0x1f;
 /// EROFS's address of a hole.
 const NO_ADDRESS: u32 = u32::MAX;
@@ -56,7 +56,7 @@ impl<'a> FileChunks<'a> {
         if format & !FORMAT_BITS != FORMAT_INDEXES || kernel_chunk_bytes < chunk_size {
             return Err(malformed!("chunk format {format:#x}"));
         }
-        let start = file.xattrs.end.next_multiple_of(ENTRY_BYTES);
+        let start = entries_start(file);
         let bytes = usize::try_from(file.size.div_ceil(chunk_size))
             .ok()
             .and_then(|count| count.checked_mul(ENTRY_BYTES));
@@ -106,6 +106,11 @@ impl<'a> FileChunks<'a> {
     }
 }
 
+/// Where the entries of a file start in the bootstrap.
+pub(super) fn entries_start(file: &Inode) -> usize {
+    file.xattrs.end.next_multiple_of(ENTRY_BYTES)
+}
+
 impl Iterator for FileChunks<'_> {
     type Item = Result<FileChunk>;
 
@@ -122,3 +127,5 @@ impl Iterator for FileChunks<'_> {
         self.entries.size_hint()
     }
 }
+
+impl ExactSizeIterator for FileChunks<'_> {}

@@ -24,3 +24,8 @@ pub(super) fn u32_at(record: &[u8], offset: usize) -> u32 {
 pub(super) fn u64_at(record: &[u8], offset: usize) -> u64 {
     u64::from_le_bytes(bytes_at(record, offset))
 }
+
+/// Puts a field at `offset`.
+pub(super) fn put(record: &mut [u8], offset: usize, field: &[u8]) {
+    record[offset..offset + field.len()].copy_from_slice(field);
+}

@@ -3,7 +3,7 @@
 //! Pure: every parser takes bytes and returns values; nothing here opens, reads, waits or knows an
 //! engine. All input is hostile: a parser answers [`crate::error::Error::Malformed`] or
 //! `Unsupported`, it never panics, never loops without a bound and never allocates more than a
-//! limit of `config.rs` or a small multiple of its input.
+//! limit of `config` or a small multiple of its input.
 //!
 //! How the files hang together:
 //! ```text
@@ -11,6 +11,7 @@
 //!                          |            Toc (toc) -> blob.meta -> ContextTable (context)
 //!                          +-> Layout (layout) <----------------------+
 //!                                 +-> Decoder (decode: cipher, codec, inflate) -> Layout::verify
+//! Bootstrap -> Segmentation (segmentation) -> KernelView (view): what is mounted behind fanotify
 //! ```
 
 macro_rules! malformed {
@@ -39,9 +40,12 @@ pub mod inode_writer;
 pub mod layer;
 pub mod layout;
 pub mod manifest;
+pub mod miniature;
 pub mod record_writer;
+pub mod segmentation;
 pub mod superblock;
 pub mod toc;
+pub mod view;
 pub mod walk;
 
 mod assembly;
@@ -51,8 +55,12 @@ mod draft_tests;
 mod erofs_tests;
 mod little;
 #[cfg(test)]
+mod segmentation_tests;
+#[cfg(test)]
 mod specimen_tests;
 mod tiling;
+#[cfg(test)]
+mod view_tests;
 
 pub use blob_table::{BlobFeatures, BlobRecord};
 pub use bootstrap::Bootstrap;
@@ -66,3 +74,5 @@ pub use files::FileChunk;
 pub use identity::{BlobId, ChunkIndex};
 pub use inode::{FileKind, Inode};
 pub use layout::{Chunk, Layout, Unit};
+pub use segmentation::{Recipe, SegmentPlan, Segmentation};
+pub use view::{DeviceRef, KernelView};

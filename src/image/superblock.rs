@@ -17,19 +17,19 @@ pub const BLOCK_BYTES: usize = 4096;
 pub const CHUNK_MIN_BYTES: u32 = 4096;
 
 /// Where an EROFS superblock starts; before it a boot sector may lie.
-const EROFS_OFFSET: usize = 1024;
-const RAFS_OFFSET: usize = 1152;
+pub(super) const EROFS_OFFSET: usize = 1024;
+pub(super) const RAFS_OFFSET: usize = 1152;
 /// End of the RAFS superblock, where the device slots start.
 const SLOTS_OFFSET: usize = 1408;
 pub(super) const SLOT_BYTES: usize = 128;
 /// The device table's position in units of its slots, as the EROFS superblock states it.
 const SLOTS_POSITION: u16 = (SLOTS_OFFSET / SLOT_BYTES) as u16;
 
-const EROFS_MAGIC: u32 = 0xe0f5_e1e2;
+pub(super) const EROFS_MAGIC: u32 = 0xe0f5_e1e2;
 const RAFS_V5_MAGIC: u32 = 0x5241_4653;
 const COMPAT_RAFS_V6: u32 = 0x4000_0000;
 /// CHUNKED_FILE | DEVICE_TABLE: all the incompatible features a RAFS image uses.
-const INCOMPAT: u32 = 0xc;
+pub(super) const INCOMPAT: u32 = 0xc;
 
 const FLAG_COMPRESSORS: [(u64, Compressor); 4] = [
     (0x1, Compressor::None),

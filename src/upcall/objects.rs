@@ -40,7 +40,9 @@ impl Opened {
     pub fn fd(&self) -> Fd {
         match self {
             Opened::Bootstrap(bootstrap) => bootstrap.object.fd(),
-            Opened::Data(blob) => blob.object.fd(),
+            Opened::Data(blob) => {
+                blob.cache.object().expect("a blob behind this door has an object").fd()
+            }
         }
     }
 

@@ -2,9 +2,13 @@
 //! in each: that is what the `allow` is for. Whatever is started here ends when it is dropped.
 #![allow(dead_code, missing_docs)]
 
+pub mod daemon;
 pub mod http;
 pub mod image;
 pub mod kernel;
+pub mod listener;
 pub mod node;
 pub mod registry;
+pub mod segments;
+pub mod synthetic;
 pub mod truth;

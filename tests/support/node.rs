@@ -59,11 +59,13 @@ impl Node {
         let parts = WorkerParts {
             device: Some(Arc::new(Device::of_socket(device))),
             intake: options.intake,
+            watch: None,
             catalog: Arc::new(Catalog::default()),
             journal: Arc::clone(&journal),
             counters: Counters::new(cpus.len()),
             routes: Shared::at(None, Path::new("/nonexistent")),
             fault_deadline_ms: options.deadline_ms,
+            make_room: Arc::new(|_| 0),
             cpus,
         };
         let workers = Workers::start(&parts).expect("workers start");

@@ -25,7 +25,12 @@ pub fn folder(name: &str) -> PathBuf {
 impl Truth {
     /// The only blob of a test image.
     pub fn of(name: &str) -> Truth {
-        let folder = folder(name);
+        Truth::read(&folder(name))
+    }
+
+    /// The only blob of the image in a folder, beside the layer it was made from.
+    pub fn read(folder: &Path) -> Truth {
+        let name = folder.file_name().expect("a name").to_string_lossy();
         let path = folder.join("image.boot");
         let bootstrap = Bootstrap::parse(std::fs::read(&path).expect("a bootstrap")).expect("good");
         let record = bootstrap.blobs()[0].clone();
@@ -53,7 +58,7 @@ impl Truth {
             let output = &mut bytes[start..start + unit.output_size as usize];
             decoder.decode_unit(&layout, number, &stored[from..to], output).expect("it decodes");
         }
-        let (domain, blob_id) = (name.to_owned(), record.id.to_string());
+        let (domain, blob_id) = (name.into_owned(), record.id.to_string());
         let truth = Truth { domain, bootstrap: path, blob_id, bytes, layout };
         truth.chunks().for_each(|chunk| assert!(truth.is_right(chunk)));
         truth

@@ -1,0 +1,79 @@
+//! Limits of the fault path, per core: slots, flights, GETs, read-ahead, intake.
+
+use super::*;
+
+/// Reads being served at once; further ones wait in the kernel. A slot is a task of about 1 KiB.
+pub const DEMAND_SLOTS: usize = 256;
+/// Opens being served at once: each parses a bootstrap on a helper thread.
+pub const OPEN_SLOTS: usize = 4;
+/// Opens read from the device and not yet begun.
+pub const OPEN_QUEUE: usize = 64;
+/// Fetches in progress or waiting for a fetcher.
+pub const FLIGHT_SLOTS: usize = 512;
+/// Tasks that fetch what somebody waits for.
+pub const DEMAND_FETCHERS: usize = 48;
+/// Tasks that fetch ahead.
+pub const AHEAD_FETCHERS: usize = 6;
+/// Demand fetchers one route may hold, so that dead registries leave room for healthy ones.
+pub const FETCHERS_PER_ROUTE: usize = 8;
+/// Fetches whose body is arriving: each holds a range lease for what arrives and one for the
+/// result.
+pub const LANDINGS: usize = 20;
+/// Landings that need a large lease on either side.
+pub const LARGE_LANDINGS: usize = 2;
+// Every landing finds both its leases: no two wait for each other.
+const _: () = assert!(2 * LANDINGS <= RANGE_LEASES && 2 * LARGE_LANDINGS <= LARGE_LEASES);
+/// Compressed bytes one GET asks for, unless one unit alone is larger.
+pub const GET_MAX_BYTES: u64 = MIB as u64;
+/// Unwanted bytes between two units that are fetched rather than starting another GET.
+pub const GET_GAP_MAX_BYTES: u64 = 16 * KIB as u64;
+/// Tries for a unit whose bytes came and were wrong; another mirror may have right ones.
+pub const DIGEST_TRIES: u32 = 3;
+/// Tries for a body that broke off after its head was right.
+pub const BODY_TRIES: u32 = 4;
+/// Units above this many decoded bytes are decoded on a helper thread.
+pub const DECODE_INLINE_MAX_BYTES: usize = 128 * KIB;
+/// How long a fault waits for news before it looks at the map again, should a message be lost.
+pub const SETTLE_LOOK_NS: u64 = 50 * MILLISECOND_NS;
+/// How long a fault pauses when all flight slots are taken.
+pub const FLIGHT_PAUSE_NS: u64 = 2 * MILLISECOND_NS;
+/// Launches one fault makes for itself before it fails: others' fetches may fail for less.
+pub const LAUNCHES_PER_FAULT: u32 = 2;
+/// Readers on other cores that may wait for one flight; more look at the map by time.
+pub const REMOTE_WAITERS: usize = 64;
+/// Messages between two cores.
+pub const MAILBOX_CAPACITY: usize = 4 * KIB;
+/// Sequential streams told apart per blob.
+pub const STREAMS_PER_BLOB: usize = 8;
+/// The first read-ahead of a stream; it doubles with each step.
+pub const AHEAD_MIN_BYTES: u64 = 256 * KIB as u64;
+/// The longest read-ahead of a stream.
+pub const AHEAD_MAX_BYTES: u64 = 8 * MIB as u64;
+/// How long cores wait between looks at a layout another core is loading.
+pub const LAYOUT_LOOK_NS: u64 = MILLISECOND_NS;
+/// Blobs whose prefetch is in progress or waiting.
+pub const PREFETCH_QUEUE: usize = 256;
+/// Runs of prefetch waiting for a fetcher.
+pub const PREFETCH_AHEAD: usize = 4;
+/// Operations in flight at once never exceed the slots: a demand slot waits for a timer, a fetcher
+/// for an operation and a timer.
+const _: () = assert!(
+    DEMAND_SLOTS * 2 + OPEN_SLOTS * 2 + (DEMAND_FETCHERS + AHEAD_FETCHERS) * 2 + 64
+        <= OPERATION_SLOTS
+);
+// A core's number is kept in a claim byte: 0 is absent, 255 present.
+const _: () = assert!(CORES_MAX < 254);
+/// At a stop, readers that wait get so long before they are answered without data.
+pub const STOP_DEADLINE_NS: u64 = 5 * SECOND_NS;
+/// The first pause of a core that finds the device empty although it was said to be readable.
+pub const INTAKE_PAUSE_NS: u64 = 20_000;
+/// The longest such pause.
+pub const INTAKE_PAUSE_MAX_NS: u64 = MILLISECOND_NS;
+/// How long GET stat waits for the cores.
+pub const STATISTICS_WAIT_MS: u64 = 500;
+/// Reads in service above which a core that polls for all hands further ones to its siblings.
+pub const HAND_OVER_READS: usize = 4;
+/// Tries for a fill: once more when room was made on a full disk.
+pub const FILL_TRIES: u32 = 2;
+/// What is freed at least when the disk is full: the next fills need room, too.
+pub const ROOM_MIN_BYTES: u64 = 16 * MIB as u64;

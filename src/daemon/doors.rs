@@ -1,0 +1,134 @@
+//! Opens the doors an operator asked for, or those this machine has.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use crossbeam_channel::Receiver;
+
+use super::cookies::Cookies;
+use super::cull::Culler;
+use super::evictor::Evictor;
+use crate::blob::crew::MakeRoom;
+use crate::blob::journal::{Journal, Level};
+use crate::config::{COMPLETED_QUEUE, Config, DoorChoice};
+use crate::error::{Error, Result};
+use crate::registry::route::Shared;
+use crate::store::segment::Segment;
+use crate::store::segments::SegmentStore;
+use crate::upcall::binder::Binder;
+use crate::upcall::device::{DEVICE_PATH, Device};
+use crate::upcall::probe::probe;
+
+/// The open doors.
+#[derive(Default)]
+pub struct Doors {
+    /// /dev/cachefiles, and the directory it is bound to.
+    pub cachefiles: Option<(Arc<Device>, PathBuf)>,
+    /// The fanotify door.
+    pub fanotify: Option<FanotifyDoor>,
+}
+
+/// The fanotify door with its housekeeping.
+pub struct FanotifyDoor {
+    /// Binds and mounts.
+    pub binder: Arc<Binder>,
+    /// Keeps the quota.
+    pub evictor: Arc<Evictor>,
+    /// Where complete segments come out.
+    pub completed: Receiver<Arc<Segment>>,
+}
+
+impl Doors {
+    /// Opens what `config` asks for. What `auto` finds missing is said in the log, unless nothing
+    /// is left.
+    ///
+    /// # Errors
+    /// A door that was asked for by name, or all of them, cannot be opened.
+    pub fn open(config: &Config, routes: &Arc<Shared>, journal: &Arc<Journal>) -> Result<Doors> {
+        let mut doors = Doors::default();
+        match config.door {
+            DoorChoice::Cachefiles => doors.cachefiles = open_cachefiles(config)?,
+            DoorChoice::Fanotify => {
+                doors.fanotify = Some(open_fanotify(config, routes, journal)?);
+            }
+            DoorChoice::Auto => {
+                let fanotify = open_fanotify(config, routes, journal);
+                let cachefiles = open_cachefiles(config);
+                let (fanotify, cachefiles) = match (fanotify, cachefiles) {
+                    (Err(fanotify), Err(cachefiles)) => {
+                        return Err(Error::Unsupported(format!(
+                            "this machine has neither door. fanotify: {fanotify}. cachefiles: \
+                             {cachefiles}"
+                        )));
+                    }
+                    doors => doors,
+                };
+                doors.fanotify = said(journal, "fanotify", fanotify);
+                doors.cachefiles = said(journal, "cachefiles", cachefiles).flatten();
+            }
+        }
+        Ok(doors)
+    }
+
+    /// What a core asks when the disk is full.
+    pub fn make_room(&self) -> MakeRoom {
+        match &self.fanotify {
+            Some(door) => {
+                let evictor = Arc::clone(&door.evictor);
+                Arc::new(move |wanted| evictor.make_room(wanted))
+            }
+            None => Arc::new(|_| 0),
+        }
+    }
+
+    /// What removes cache files behind the cachefiles door.
+    pub fn culler(&self) -> Option<Culler> {
+        let (device, directory) = self.cachefiles.clone()?;
+        let command = Arc::new(move |command: &str| device.command(command));
+        Some(Culler::new(&directory, Cookies::of_kernel(), command))
+    }
+}
+
+fn said<T>(journal: &Journal, door: &str, opened: Result<T>) -> Option<T> {
+    opened
+        .inspect_err(|error| {
+            journal.write(Level::Info, || format!("no {door} door: {error}"));
+        })
+        .ok()
+}
+
+fn open_cachefiles(config: &Config) -> Result<Option<(Arc<Device>, PathBuf)>> {
+    let directory = match (&config.fscache_dir, config.door) {
+        (Some(directory), _) => directory.clone(),
+        (None, DoorChoice::Auto) if std::path::Path::new(DEVICE_PATH).exists() => {
+            config.cache_dir.join("fscache")
+        }
+        (None, DoorChoice::Auto) => {
+            let text = format!("{DEVICE_PATH} is not there; `sluice doctor` tells what is missing");
+            return Err(Error::NotFound(text));
+        }
+        // nydusd's way to run without a cache.
+        (None, _) => return Ok(None),
+    };
+    std::fs::create_dir_all(&directory)
+        .map_err(|error| Error::io(&error, format!("cannot make {}", directory.display())))?;
+    let device = Device::bind(&directory, config.fscache_tag.as_deref())?;
+    Ok(Some((Arc::new(device), directory)))
+}
+
+fn open_fanotify(
+    config: &Config,
+    routes: &Arc<Shared>,
+    journal: &Arc<Journal>,
+) -> Result<FanotifyDoor> {
+    let (to_sealer, completed) = crossbeam_channel::bounded(COMPLETED_QUEUE);
+    let store = SegmentStore::open(&config.cache_dir, to_sealer)?;
+    store.space().set_quota(config.cache_quota_bytes);
+    // Versions promise nothing here: a kernel that shows zeros for short files must not serve.
+    if let Some(reason) = probe(&config.cache_dir).reason() {
+        return Err(Error::Unsupported(reason));
+    }
+    let binder = Arc::new(Binder::open(&config.cache_dir, store, Arc::clone(routes), None)?);
+    let evictor = Evictor::new(&binder, journal);
+    Ok(FanotifyDoor { binder, evictor, completed })
+}

@@ -1,0 +1,192 @@
+//! Housekeeping of the fanotify door, on a thread of its own: what becomes of complete segments.
+//!
+//! A segment that has become complete raises no events from then on: its inode is ignored at once.
+//! Its completion is written down once its bytes are on the disk, for many segments at a time; one
+//! that the machine's end catches before that is fetched again. Images that nobody has read from
+//! for a while give back the memory of what they know about their blobs.
+
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
+
+use super::doors::FanotifyDoor;
+use super::evictor::Evictor;
+use crate::blob::journal::{Journal, Level};
+use crate::config::{
+    AWAKE_IDLE_NS, DOZE_INTERVAL_MS, EVICTION_PAUSE_MS, SEAL_BATCH, SEAL_DELAY_MS,
+    SEAL_FILES_SYNCED_ONE_BY_ONE, SPACE_COUNT_INTERVAL_MS,
+};
+use crate::error::{Error, Result};
+use crate::store::segment::Segment;
+use crate::upcall::binder::Binder;
+
+/// The running thread.
+pub struct Sealer {
+    stop: Sender<()>,
+    thread: JoinHandle<()>,
+}
+
+struct Sealing {
+    binder: Arc<Binder>,
+    evictor: Arc<Evictor>,
+    journal: Arc<Journal>,
+    /// When the bytes were counted.
+    counted: Option<Instant>,
+    /// When the quota was last enforced: bytes that everybody reads are not fought for.
+    evicted: Option<Instant>,
+    /// Complete and ignored, not yet on record.
+    batch: Vec<Arc<Segment>>,
+    /// When the first of them came.
+    since: Instant,
+}
+
+impl Sealer {
+    /// Starts the thread; `tick` is called from time to time.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn start(
+        door: FanotifyDoor,
+        journal: &Arc<Journal>,
+        tick: Box<dyn Fn() + Send>,
+    ) -> Result<Sealer> {
+        let (stop, stopped) = crossbeam_channel::bounded(1);
+        let completed = door.completed;
+        let mut sealing = Sealing {
+            binder: door.binder,
+            evictor: door.evictor,
+            journal: Arc::clone(journal),
+            counted: None,
+            evicted: None,
+            batch: Vec::with_capacity(SEAL_BATCH),
+            since: Instant::now(),
+        };
+        let thread = std::thread::Builder::new().name("sealer".into());
+        let thread = thread
+            .spawn(move || sealing.run(&completed, &stopped, &tick))
+            .map_err(|error| Error::io(&error, "cannot start a thread for complete segments"))?;
+        Ok(Sealer { stop, thread })
+    }
+
+    /// Seals what is complete and ends.
+    pub fn stop(self) {
+        let _ = self.stop.send(());
+        let _ = self.thread.join();
+    }
+}
+
+impl Sealing {
+    fn run(&mut self, completed: &Receiver<Arc<Segment>>, stopped: &Receiver<()>, tick: &dyn Fn()) {
+        let pause = Duration::from_millis(SEAL_DELAY_MS);
+        let mut looked = Instant::now();
+        loop {
+            match completed.recv_timeout(pause) {
+                Ok(segment) => self.take(segment),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => break,
+            }
+            let is_due = !self.batch.is_empty() && self.since.elapsed() >= pause;
+            if is_due || self.batch.len() >= SEAL_BATCH {
+                self.seal();
+            }
+            self.keep_quota();
+            if looked.elapsed() >= Duration::from_millis(DOZE_INTERVAL_MS) {
+                looked = Instant::now();
+                self.doze();
+                tick();
+            }
+            if stopped.try_recv().is_ok() {
+                break;
+            }
+        }
+        completed.try_iter().for_each(|segment| self.take(segment));
+        self.seal();
+    }
+
+    fn take(&mut self, segment: Arc<Segment>) {
+        if let Err(error) = self.binder.let_pass(&segment) {
+            self.journal.error(format!("{}: {error}", segment.path().display()));
+        }
+        if self.batch.is_empty() {
+            self.since = Instant::now();
+        }
+        self.batch.push(segment);
+    }
+
+    fn seal(&mut self) {
+        let mut batch = std::mem::take(&mut self.batch);
+        // What was evicted meanwhile is not complete any more.
+        batch.retain(|segment| segment.is_complete());
+        if batch.is_empty() {
+            return;
+        }
+        batch.sort_unstable_by_key(|segment| Arc::as_ptr(&segment.directory));
+        let sealed = sync(&batch).and_then(|()| {
+            let mut of_blobs =
+                batch.chunk_by(|one, two| Arc::ptr_eq(&one.directory, &two.directory));
+            of_blobs.try_for_each(|segments| {
+                let names = segments.iter().map(|segment| (segment.name(), segment.full_size));
+                segments[0].directory.record(names)
+            })
+        });
+        if let Err(error) = sealed {
+            let count = batch.len();
+            self.journal.error(format!(
+                "{count} complete segments are not on record and will be fetched again after a \
+                 power cut: {error}"
+            ));
+        }
+    }
+
+    fn keep_quota(&mut self) {
+        let interval = Duration::from_millis(SPACE_COUNT_INTERVAL_MS);
+        if self.counted.is_none_or(|counted| counted.elapsed() >= interval) {
+            self.counted = Some(Instant::now());
+            if let Err(error) = self.evictor.count() {
+                self.journal.error(format!("cannot count the cache's bytes: {error}"));
+            }
+            self.binder.bindings().store().space().report_shortage();
+        }
+        let pause = Duration::from_millis(EVICTION_PAUSE_MS);
+        let may_evict = self.evicted.is_none_or(|evicted| evicted.elapsed() >= pause);
+        let space = self.binder.bindings().store().space();
+        if may_evict && space.take_shortage() && space.excess() > 0 {
+            // What waits to be sealed counts as in use.
+            self.seal();
+            self.evictor.keep_quota();
+            self.evicted = Some(Instant::now());
+            if self.binder.bindings().store().space().excess() > 0 {
+                // What is in use now may not be later.
+                self.binder.bindings().store().space().report_shortage();
+            }
+        }
+    }
+
+    fn doze(&self) {
+        let now_ns = monotonic_ns();
+        let dozing = self.binder.bindings().doze(now_ns.saturating_sub(AWAKE_IDLE_NS));
+        if dozing > 0 {
+            self.journal.write(Level::Debug, || format!("{dozing} blobs put to sleep"));
+        }
+    }
+}
+
+/// Brings the segments' bytes to the disk: few of them one by one, many with the whole file system,
+/// which is one flush of the disk instead of one for each.
+fn sync(batch: &[Arc<Segment>]) -> Result<()> {
+    if batch.len() <= SEAL_FILES_SYNCED_ONE_BY_ONE {
+        return batch.iter().try_for_each(|segment| segment.sync());
+    }
+    let directory = batch[0].directory.fd();
+    nix::unistd::syncfs(directory)
+        .map_err(|errno| Error::system(errno as i32, "cannot sync the cache's file system"))
+}
+
+/// The cores' clock.
+fn monotonic_ns() -> u64 {
+    let time = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC)
+        .expect("the monotonic clock is always there");
+    time.tv_sec() as u64 * crate::config::SECOND_NS + time.tv_nsec() as u64
+}

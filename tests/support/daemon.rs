@@ -1,0 +1,250 @@
+//! The real daemon on the running kernel: the built program, its cache on a real file system, its
+//! mounts. Whatever happens to the test, nothing is mounted and no process is left.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use sluice::upcall::mountinfo;
+use tempfile::TempDir;
+
+use super::truth::folder;
+
+/// How long anything may take that is expected to happen.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+pub struct Daemon {
+    /// Everything of the daemon's: its cache, state, socket, log and mountpoints.
+    pub home: TempDir,
+    child: Option<Child>,
+    options: Vec<String>,
+}
+
+impl Daemon {
+    /// A daemon with the fanotify door and further options.
+    pub fn start(options: &[&str]) -> Daemon {
+        let home = TempDir::new_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder under target");
+        Daemon::over(home, options)
+    }
+
+    /// A daemon over a folder that may hold what another one left.
+    pub fn over(home: TempDir, options: &[&str]) -> Daemon {
+        let options = options.iter().map(|option| (*option).to_owned()).collect();
+        let mut daemon = Daemon { home, child: None, options };
+        daemon.start_again();
+        daemon
+    }
+
+    /// Starts the program with the same arguments.
+    pub fn start_again(&mut self) {
+        assert!(self.child.is_none(), "one at a time");
+        let log = File::options().append(true).create(true).open(self.path("log")).expect("a log");
+        let child = Command::new(env!("CARGO_BIN_EXE_sluice"))
+            .args(["daemon", "--door", "fanotify", "--rlimit-nofile", "0", "--cache"])
+            .arg(self.path("cache"))
+            .arg("--state-dir")
+            .arg(self.path("state"))
+            .arg("--apisock")
+            .arg(self.socket())
+            .args(&self.options)
+            .stdin(Stdio::null())
+            .stderr(log)
+            .spawn()
+            .expect("the program is built");
+        self.child = Some(child);
+        self.wait_until("it answers", |daemon| UnixStream::connect(daemon.socket()).is_ok());
+    }
+
+    /// Ends it as a power button would.
+    pub fn kill(&mut self) {
+        let mut child = self.child.take().expect("it runs");
+        child.kill().expect("it is ours");
+        child.wait().expect("it is ours");
+    }
+
+    /// Ends it as an operator would.
+    pub fn stop(&mut self) {
+        let mut child = self.child.take().expect("it runs");
+        let pid = nix::unistd::Pid::from_raw(child.id() as i32);
+        nix::sys::signal::kill(pid, nix::sys::signal::SIGTERM).expect("it is ours");
+        assert!(child.wait().expect("it is ours").success(), "{}", self.log());
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.as_ref().expect("it runs").id()
+    }
+
+    /// A path below the daemon's home.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.home.path().join(name)
+    }
+
+    pub fn socket(&self) -> PathBuf {
+        self.path("api.sock")
+    }
+
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.path("log")).unwrap_or_default()
+    }
+
+    /// Runs a command of the program against this daemon.
+    pub fn run(&self, arguments: &[&str]) -> Output {
+        let output = Command::new(env!("CARGO_BIN_EXE_sluice"))
+            .args(arguments)
+            .arg("--apisock")
+            .arg(self.socket())
+            .output()
+            .expect("the program is built");
+        if !output.status.success() {
+            eprintln!("{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+        }
+        output
+    }
+
+    /// Mounts a test image from a registry at a place of its own, which is made.
+    pub fn mount(&self, image: &str, registry: &str, place: &str) -> PathBuf {
+        self.mount_as(image, registry, place, &[])
+    }
+
+    /// The same with further options.
+    pub fn mount_as(&self, image: &str, registry: &str, place: &str, more: &[&str]) -> PathBuf {
+        let mountpoint = self.path(place);
+        std::fs::create_dir_all(&mountpoint).expect("a mountpoint");
+        let (bootstrap, url) = (folder(image).join("image.boot"), format!("http://{registry}"));
+        let (state, at) = (self.path("state"), mountpoint.to_string_lossy().into_owned());
+        let mut arguments = vec!["mount", "--bootstrap", bootstrap.to_str().expect("text")];
+        arguments.extend(["--registry", &url, "--repo", image]);
+        arguments.extend(["--state-dir", state.to_str().expect("text")]);
+        arguments.extend(more);
+        arguments.push(&at);
+        assert!(self.run(&arguments).status.success(), "{}", self.log());
+        mountpoint
+    }
+
+    pub fn unmount(&self, mountpoint: &Path) {
+        let output = self.run(&["umount", mountpoint.to_str().expect("text")]);
+        assert!(output.status.success(), "{}", self.log());
+    }
+
+    /// All statistics.
+    pub fn stat(&self) -> Value {
+        let output = self.run(&["stat", "--json"]);
+        serde_json::from_slice(&output.stdout).expect("JSON")
+    }
+
+    /// One counter.
+    pub fn count(&self, name: &str) -> u64 {
+        self.stat()["counters"][name].as_u64().unwrap_or_else(|| panic!("no counter {name}"))
+    }
+
+    /// One call of the control API with a JSON body; gives the status.
+    pub fn put(&self, path: &str, body: &Value) -> u16 {
+        let (mut stream, body) =
+            (UnixStream::connect(self.socket()).expect("it"), body.to_string());
+        let head = format!("PUT {path} HTTP/1.1\r\nContent-Length: {}\r\n", body.len());
+        let request = format!("{head}Connection: close\r\n\r\n{body}");
+        stream.write_all(request.as_bytes()).expect("it takes requests");
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).expect("it answers");
+        let status = answer.split(' ').nth(1).and_then(|status| status.parse().ok());
+        status.unwrap_or_else(|| panic!("{answer:?} is no answer"))
+    }
+
+    /// Polls until something is so.
+    pub fn wait_until(&self, what: &str, is_so: impl Fn(&Daemon) -> bool) {
+        let deadline = Instant::now() + PATIENCE;
+        while !is_so(self) {
+            assert!(Instant::now() < deadline, "not within {PATIENCE:?}: {what}\n{}", self.log());
+            std::thread::sleep(Duration::from_millis(10)); // tidy: polling
+        }
+    }
+
+    /// Bytes of all segments.
+    pub fn cached_bytes(&self) -> u64 {
+        let blobs = std::fs::read_dir(self.path("cache/segments")).into_iter().flatten().flatten();
+        let files = blobs.filter_map(|blob| std::fs::read_dir(blob.path()).ok()).flatten();
+        let is_segment = |name: &str| name.contains('-');
+        let files = files.flatten().filter(|file| is_segment(&file.file_name().to_string_lossy()));
+        files.filter_map(|file| file.metadata().ok()).map(|metadata| metadata.len()).sum()
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+        let home = self.home.path();
+        let mounts = mountinfo::read(None).unwrap_or_default();
+        for mount in mounts.iter().rev().filter(|mount| mount.mountpoint.starts_with(home)) {
+            let _ = nix::mount::umount2(&mount.mountpoint, nix::mount::MntFlags::MNT_DETACH);
+        }
+    }
+}
+
+/// An ext4 of so many MiB, until dropped.
+pub struct Disk {
+    pub mountpoint: PathBuf,
+    _home: TempDir,
+}
+
+impl Disk {
+    pub fn new(size_mib: u32) -> Disk {
+        let home = TempDir::new_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder under target");
+        let (image, mountpoint) = (home.path().join("disk"), home.path().join("mnt"));
+        std::fs::create_dir(&mountpoint).expect("a folder");
+        let mut make = Command::new("mke2fs");
+        make.args(["-q", "-F", "-b", "4096", "-t", "ext4"]).arg(&image).arg(format!("{size_mib}M"));
+        assert!(make.status().expect("e2fsprogs").success());
+        let disk = Disk { mountpoint, _home: home };
+        let mut mount = Command::new("mount");
+        mount.args(["-o", "loop"]).arg(&image).arg(&disk.mountpoint);
+        assert!(mount.status().expect("mount").success());
+        disk
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        // The loop device goes with its mount; lazily, should a test have left a file open.
+        let _ = nix::mount::umount2(&self.mountpoint, nix::mount::MntFlags::MNT_DETACH);
+    }
+}
+
+/// The kernel forgets what it has read, of everything.
+pub fn forget_pages() {
+    std::fs::write("/proc/sys/vm/drop_caches", "3").expect("root");
+}
+
+/// What list.py says of a tree, sorted, without the root, whose time an image does not keep.
+pub fn list(root: &Path) -> Vec<String> {
+    let output = Command::new("python3").arg(folder("list.py")).arg(root).output();
+    let output = output.expect("python3");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    sorted(&String::from_utf8(output.stdout).expect("text"))
+}
+
+/// What it says of the tree the test images were made from.
+pub fn listed_source() -> Vec<String> {
+    sorted(&std::fs::read_to_string(folder("tree.txt")).expect("a fixture"))
+}
+
+fn sorted(text: &str) -> Vec<String> {
+    let lines = text.lines().filter(|line| !line.starts_with("'.' "));
+    let mut lines: Vec<_> = lines.map(str::to_owned).collect();
+    lines.sort();
+    lines
+}
+
+/// Fails with the first line that differs.
+pub fn assert_same_tree(root: &Path) {
+    let (found, expected) = (list(root), listed_source());
+    let differ = found.iter().zip(&expected).find(|(found, expected)| found != expected);
+    assert_eq!(differ, None, "{}", root.display());
+    assert_eq!(found.len(), expected.len(), "{}", root.display());
+}
