@@ -227,7 +227,6 @@ impl Builder {
         progress: &(dyn Fn(Progress) + Sync),
     ) -> Result<LayerReport> {
         let number = self.report.layers.len();
-        let first = pipeline::lock(&self.chunks).len();
         let table = BlobFile::create(&self.directory, number)?;
         let counted = Counted::new(layer, progress);
         let mut reader = GzipReader::new(counted, &self.directory, number)?;
@@ -243,8 +242,7 @@ impl Builder {
         let mut index = reader.finish()?;
         if scribe.chunk_count() > 0 {
             let chunks = self.chunks.get_mut().unwrap_or_else(PoisonError::into_inner);
-            let indexed =
-                zran::write(&self.options, id, &mut index, &scribe, chunks, first, table)?;
+            let indexed = zran::write(&self.options, id, &mut index, &scribe, chunks, table)?;
             let (context, path, size) = indexed.meta;
             report.blob_bytes = size;
             self.push_blob(indexed.record, BlobRole::Layer, Some(path), Some((context, size)));

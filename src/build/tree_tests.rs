@@ -40,10 +40,9 @@ fn paths(tree: &Tree) -> Vec<String> {
             found.push(path);
             continue;
         };
-        let below = |(name, child): (&Box<[u8]>, &super::tree::Child)| {
-            (format!("{path}/{}", String::from_utf8_lossy(name)), child.inode)
-        };
-        pending.extend(children.iter().map(below));
+        for (name, child) in children {
+            pending.push((format!("{path}/{}", String::from_utf8_lossy(name)), child.inode));
+        }
         found.push(path + "/");
     }
     found.sort();
