@@ -93,6 +93,23 @@ fn every_compressor_and_chunk_size_keeps_the_fixtures_tree() {
     }
 }
 
+/// `SLUICE_ROUNDTRIP` names the directory, as tools/roundtrip does with a Debian root; our own
+/// sources otherwise.
+#[test]
+fn any_directory_comes_back_as_it_was() {
+    let own = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let directory = std::env::var_os("SLUICE_ROUNDTRIP").map_or(own, PathBuf::from);
+    let expected = list(&directory);
+    assert!(expected.len() > 100, "{}: too small to say anything", directory.display());
+    let out = tempfile::tempdir().expect("a folder");
+    let options = options(Compression::Zstd(3), 1 << 20);
+    let mut builder = Builder::new(options, out.path()).expect("good options");
+    builder.add_directory(&directory, &|_| ()).expect("a layer");
+    let image = Folder::of(out.path(), &builder.finish().expect("an image"));
+    assert_eq!(image.unpacked(), expected, "unpacked");
+    assert_eq!(list(&image.mount().0), expected, "mounted");
+}
+
 #[test]
 fn images_are_the_same_with_any_number_of_threads() {
     // Many duplicates, so that workers compete for the first of each.
