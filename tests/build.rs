@@ -222,6 +222,19 @@ fn chunks_of_other_images_are_used() {
 }
 
 #[test]
+fn blobs_that_were_there_stay_whatever_becomes_of_a_build() {
+    let out = tempfile::tempdir().expect("a folder");
+    let layer = tar_of(&[("a", &noise(100_000, 9))]);
+    let first = build_tars(ordinary(), out.path(), &[&layer]).expect("an image");
+    let upper = tar_of(&[("a", b"other")]);
+    let second = build_tars(ordinary(), out.path(), &[&layer, &upper]).expect("an image");
+    assert_eq!(second.blobs.len(), 1, "the first blob is not the second image's");
+    let failed = build_tars(ordinary(), out.path(), &[&layer, b"no tar"]);
+    assert!(failed.is_err());
+    assert_eq!(Folder::of(out.path(), &first).unpacked().len(), 2);
+}
+
+#[test]
 fn images_without_data_have_no_blobs() {
     let out = tempfile::tempdir().expect("a folder");
     let image = build_tars(ordinary(), out.path(), &[&tar_of(&[("empty", b"")])]).expect("fine");

@@ -13,7 +13,7 @@ use super::feeder::Feeder;
 use super::gzip_index::GzipReader;
 use super::options::{Compression, Options, Progress};
 use super::pipeline;
-use super::scribe::{BlobFile, Scribe, Tally};
+use super::scribe::{BlobFile, Finished, Scribe, Tally};
 use super::stream::{self, Counted};
 use super::tar::{Archive, FileShape, Member, MemberKind};
 use super::tree::Tree;
@@ -50,6 +50,8 @@ pub struct Blob {
     /// The file in the output directory that was made for it: itself, or the context table of a
     /// layer that stays as it is. `None` for foreign ones.
     pub path: Option<PathBuf>,
+    /// Whether this build made that file; the output directory may have had it before.
+    pub is_new: bool,
     /// For a layer that stays as it is: name and size of the blob in that file.
     pub context: Option<(BlobId, u64)>,
     /// Bytes of the file; of a foreign one, what its image says of it.
@@ -164,12 +166,12 @@ impl Builder {
             if blob.is_zran() || blob.is_batch() || blob.cipher.is_some() {
                 continue;
             }
-            let number = self.records.len() as u16;
+            let number = self.next_blob()?;
             let chunks = self.chunks.get_mut().unwrap_or_else(PoisonError::into_inner);
             for record in bootstrap.chunks_of(blob.index) {
                 chunks.offer(&record, number)?;
             }
-            self.push_blob(blob.clone(), BlobRole::Foreign, None, None);
+            self.push_blob(blob.clone(), BlobRole::Foreign, None)?;
         }
         Ok(())
     }
@@ -243,9 +245,8 @@ impl Builder {
         if scribe.chunk_count() > 0 {
             let chunks = self.chunks.get_mut().unwrap_or_else(PoisonError::into_inner);
             let indexed = zran::write(&self.options, id, &mut index, &scribe, chunks, table)?;
-            let (context, path, size) = indexed.meta;
-            report.blob_bytes = size;
-            self.push_blob(indexed.record, BlobRole::Layer, Some(path), Some((context, size)));
+            report.blob_bytes = indexed.meta.size_bytes;
+            self.push_blob(indexed.record, BlobRole::Layer, Some(indexed.meta))?;
         }
         Ok(self.push_report(report, counts, started))
     }
@@ -259,8 +260,7 @@ impl Builder {
         feed: impl FnOnce(&mut Tree, &mut Feeder) -> Result<()>,
     ) -> Result<LayerRun<'a>> {
         let started = Instant::now();
-        let blob = u16::try_from(self.records.len())
-            .map_err(|_| unsupported!("more than {} blobs", u16::MAX))?;
+        let blob = self.next_blob()?;
         let mut scribe = Scribe::new(blob, file, progress);
         let tree = &mut self.tree;
         tree.begin_layer();
@@ -283,30 +283,39 @@ impl Builder {
             self.run_layer(&options, Some(file), progress, feed)?;
         let mut report = LayerReport::of(&scribe.tally, scribe.chunk_count());
         let finished = scribe.finish(&options, &pipeline::lock(&self.chunks), first)?;
-        if let Some((record, path)) = finished {
+        if let Some((record, file)) = finished {
             report.blob_bytes = record.compressed_size;
-            self.push_blob(record, BlobRole::Data, Some(path), None);
+            self.push_blob(record, BlobRole::Data, Some(file))?;
         }
         Ok((report, started))
     }
 
+    /// The number the next blob gets.
+    fn next_blob(&self) -> Result<u16> {
+        u16::try_from(self.records.len()).map_err(|_| unsupported!("more than {} blobs", u16::MAX))
+    }
+
+    /// `file`: the blob, or the context table of a layer that stays as it is.
     fn push_blob(
         &mut self,
         record: BlobRecord,
         role: BlobRole,
-        path: Option<PathBuf>,
-        context: Option<(BlobId, u64)>,
-    ) {
+        file: Option<Finished>,
+    ) -> Result<()> {
+        self.next_blob()?;
+        let context = file.as_ref().filter(|_| role == BlobRole::Layer);
         self.blobs.push(Blob {
             id: record.id.clone(),
             role,
             layer: (role != BlobRole::Foreign).then_some(self.report.layers.len()),
-            path,
-            context,
+            context: context.map(|file| (file.id.clone(), file.size_bytes)),
+            is_new: file.as_ref().is_some_and(|file| file.is_new),
+            path: file.map(|file| file.path),
             size_bytes: record.compressed_size,
             uncompressed_bytes: record.uncompressed_size,
         });
         self.records.push(record);
+        Ok(())
     }
 
     fn push_report(
@@ -356,7 +365,7 @@ impl Drop for Builder {
 }
 
 fn remove(blob: &Blob) {
-    if let Some(path) = &blob.path {
+    if let Some(path) = blob.path.as_ref().filter(|_| blob.is_new) {
         let _ = std::fs::remove_file(path);
     }
 }

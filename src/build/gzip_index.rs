@@ -6,7 +6,7 @@
 //! window is kept, so that a reader can begin there. Windows go to a file: they are 3 % of the
 //! layer.
 
-use super::scribe::Partial;
+use super::scribe::{Partial, partial_name};
 use crate::config::{BUILD_READ_BYTES, DEFLATE_DICTIONARY_MAX_BYTES};
 use crate::error::{Error, Result};
 use crate::image::codec::{GZIP_TRAILER_BYTES, gzip_header_bytes};
@@ -77,7 +77,7 @@ pub(super) struct GzipReader<R> {
 impl<R: Read> GzipReader<R> {
     /// Windows go to a temporary file in `directory`.
     pub(super) fn new(layer: R, directory: &Path, number: usize) -> Result<Self> {
-        let partial = Partial::new(directory.join(format!(".windows-{number}.partial")));
+        let partial = Partial::new(directory.join(partial_name("windows", number)));
         let file = partial.create()?;
         Ok(GzipReader {
             layer,

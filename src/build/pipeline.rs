@@ -32,7 +32,7 @@ pub(super) fn run(
     let job_count = affordable.min(2 * options.threads + 2);
     let (give_back, free) = bounded(job_count);
     let (work, jobs) = bounded(job_count);
-    let (done, results) = bounded(job_count);
+    let (done, results) = bounded(job_count + options.threads);
     for _ in 0..job_count {
         give_back.send(Job::new(capacity)).map_err(|_| Error::Shutdown)?;
     }
@@ -42,7 +42,8 @@ pub(super) fn run(
     std::thread::scope(|scope| {
         for _ in 0..options.threads.min(job_count) {
             let (jobs, done) = (jobs.clone(), done.clone());
-            scope.spawn(|| bench.work(jobs, done));
+            let bench = &bench;
+            scope.spawn(move || bench.work(jobs, done));
         }
         drop((jobs, done));
         let bench = &bench;
@@ -81,6 +82,7 @@ impl<'a> Bench<'a> {
     }
 
     fn work(&self, jobs: Receiver<Job>, done: Sender<Result<Job>>) {
+        let _alarm = Alarm(&done);
         let mut packer = Packer::new(self.options.compression);
         for mut job in jobs {
             let worked = match &mut packer {
@@ -125,6 +127,18 @@ impl<'a> Bench<'a> {
         }
         job.packed = packed;
         Ok(())
+    }
+}
+
+/// Ends the pipeline when a worker panics: the others would wait for its job for ever. There is
+/// room for the message, as fewer jobs than messages go round.
+struct Alarm<'a>(&'a Sender<Result<Job>>);
+
+impl Drop for Alarm<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let _ = self.0.send(Err(Error::Shutdown));
+        }
     }
 }
 

@@ -155,7 +155,7 @@ impl<'a> Scribe<'a> {
         options: &Options,
         chunks: &Chunks,
         first: usize,
-    ) -> Result<Option<(BlobRecord, PathBuf)>> {
+    ) -> Result<Option<(BlobRecord, Finished)>> {
         let Some(mut file) = self.file.take().filter(|_| self.chunk_count > 0) else {
             return Ok(None);
         };
@@ -167,9 +167,9 @@ impl<'a> Scribe<'a> {
         };
         file.write_context_table(&mut record, &table, (0, 0, 0))?;
         record.compressed_size = file.size;
-        let (id, path) = file.finish()?;
-        record.id = id;
-        Ok(Some((record, path)))
+        let finished = file.finish()?;
+        record.id = finished.id.clone();
+        Ok(Some((record, finished)))
     }
 }
 
@@ -214,7 +214,7 @@ pub(super) struct BlobFile {
 impl BlobFile {
     /// Starts a blob in a directory; `number` tells those of one build apart.
     pub(super) fn create(directory: &Path, number: usize) -> Result<Self> {
-        let partial = Partial::new(directory.join(format!(".blob-{number}.partial")));
+        let partial = Partial::new(directory.join(partial_name("blob", number)));
         Ok(BlobFile {
             out: BufWriter::with_capacity(BUILD_WRITE_BYTES, partial.create()?),
             hasher: sha2::Sha256::new(),
@@ -272,19 +272,28 @@ impl BlobFile {
         self.write(&record.context_header(contexts)[..])
     }
 
-    /// Gives the blob its name: the digest of its bytes.
-    pub(super) fn finish(mut self) -> Result<(BlobId, PathBuf)> {
+    /// Gives the blob its name: the digest of its bytes. One that is there already stays: it may
+    /// belong to another image.
+    pub(super) fn finish(mut self) -> Result<Finished> {
         self.out.flush().map_err(|error| self.partial.failed(&error))?;
         let id = BlobId::of_digest(&Digest(self.hasher.finalize().into()));
         let path = self.partial.0.with_file_name(id.as_str());
-        std::fs::rename(&self.partial.0, &path).map_err(|error| self.partial.failed(&error))?;
-        Ok((id, path))
+        let is_there = std::fs::metadata(&path).is_ok_and(|there| there.len() == self.size);
+        if !is_there {
+            std::fs::rename(&self.partial.0, &path).map_err(|error| self.partial.failed(&error))?;
+        }
+        Ok(Finished { id, path, size_bytes: self.size, is_new: !is_there })
     }
+}
 
-    /// Bytes so far.
-    pub(super) fn size(&self) -> u64 {
-        self.size
-    }
+/// A blob that has its name.
+#[derive(Clone, Debug)]
+pub(super) struct Finished {
+    pub(super) id: BlobId,
+    pub(super) path: PathBuf,
+    pub(super) size_bytes: u64,
+    /// Whether this build made the file.
+    pub(super) is_new: bool,
 }
 
 impl Write for &mut BlobFile {
@@ -297,6 +306,11 @@ impl Write for &mut BlobFile {
     fn flush(&mut self) -> std::io::Result<()> {
         self.out.flush()
     }
+}
+
+/// The name of a file in the making; several builds may share an output directory.
+pub(super) fn partial_name(what: &str, number: usize) -> String {
+    format!(".{what}-{}-{number}.partial", std::process::id())
 }
 
 /// A file that goes away unless it has been renamed.

@@ -105,32 +105,33 @@ impl Target {
             b"" => (&self.root, &b"."[..]),
             path => self.place(path)?,
         };
-        let follow_not = AtFlags::SYMLINK_NOFOLLOW;
+        // From here on the file itself is meant, whatever becomes of its name. What calls do not
+        // take a descriptor of this kind reach it through its entry in /proc.
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let file = fs::openat(parent, name, flags, Mode::empty())
+            .map_err(|errno| failed(errno, "open", path))?;
+        let place = format!("/proc/self/fd/{}", file.as_raw_fd());
         let (owner, group) = (Uid::from_raw(inode.uid), Gid::from_raw(inode.gid));
         // First: a change of owner takes set-id bits and capabilities away.
-        fs::chownat(parent, name, Some(owner), Some(group), follow_not)
+        fs::chownat(&file, "", Some(owner), Some(group), AtFlags::EMPTY_PATH)
             .map_err(|errno| failed(errno, "give an owner to", path))?;
         if inode.kind != FileKind::Link {
             let mode = Mode::from_raw_mode((inode.mode & 0o7777).into());
-            fs::chmodat(parent, name, mode, AtFlags::empty())
+            fs::chmod(&place, mode)
                 .map_err(|errno| failed(errno, "set the permissions of", path))?;
         }
-        // The calls that do not follow links take a path.
-        let place = [format!("/proc/self/fd/{}/", parent.as_raw_fd()).as_bytes(), name].concat();
         for (attribute, value) in &looks.xattrs {
-            fs::lsetxattr(&place[..], &attribute[..], value, XattrFlags::empty()).map_err(
-                |errno| {
-                    let attribute = String::from_utf8_lossy(attribute);
-                    failed(errno, &format!("set the attribute {attribute} of"), path)
-                },
-            )?;
+            fs::setxattr(&place, &attribute[..], value, XattrFlags::empty()).map_err(|errno| {
+                let attribute = String::from_utf8_lossy(attribute);
+                failed(errno, &format!("set the attribute {attribute} of"), path)
+            })?;
         }
         let time = Timespec {
             tv_sec: inode.mtime_seconds.cast_signed(),
             tv_nsec: inode.mtime_nanoseconds.into(),
         };
         let times = Timestamps { last_access: time, last_modification: time };
-        fs::utimensat(parent, name, &times, follow_not)
+        fs::utimensat(fs::CWD, &place, &times, AtFlags::empty())
             .map_err(|errno| failed(errno, "set the time of", path))
     }
 

@@ -7,19 +7,18 @@
 use super::chunks::{Chunk, Chunks};
 use super::gzip_index::{Border, Entry, GzipIndex};
 use super::options::Options;
-use super::scribe::{BlobFile, Scribe, blank_record};
+use super::scribe::{BlobFile, Finished, Scribe, blank_record};
 use crate::config::{CHUNK_MAX_BYTES, CONTEXT_TABLE_MAX_BYTES, UNIT_COMPRESSED_MAX_BYTES};
 use crate::error::Result;
 use crate::image::blob_table::BlobFeatures;
 use crate::image::entry::{ContextEntry, Place, ZranContext};
 use crate::image::{BlobId, BlobRecord, Compressor, Digest};
 use std::io::{Read, Seek, SeekFrom, Write};
-use std::path::PathBuf;
 
 /// A layer's record and its context blob.
 pub(super) struct Indexed {
     pub(super) record: BlobRecord,
-    pub(super) meta: (BlobId, PathBuf, u64),
+    pub(super) meta: Finished,
 }
 
 /// A chunk of the layer and the context it is in.
@@ -80,11 +79,10 @@ pub(super) fn write(
     };
     let area = (entries_end, size - entries_end, places.contexts.len() as u32);
     file.stream_context_table(&mut record, size, copy, area)?;
-    let meta_size = file.size();
-    let (meta_id, path) = file.finish()?;
-    record.meta_digest = Some(Digest::parse(meta_id.as_str())?);
-    record.meta_size = meta_size;
-    Ok(Indexed { record, meta: (meta_id, path, meta_size) })
+    let meta = file.finish()?;
+    record.meta_digest = Some(Digest::parse(meta.id.as_str())?);
+    record.meta_size = meta.size_bytes;
+    Ok(Indexed { record, meta })
 }
 
 const FEATURES: u32 = BlobFeatures::ALIGNED

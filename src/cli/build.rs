@@ -119,6 +119,7 @@ pub fn run(options: &Options, out: &mut Output) -> Result<Verdict> {
     let directory = &options.output;
     std::fs::create_dir_all(directory)
         .map_err(|error| Error::io(&error, format!("cannot make {}", directory.display())))?;
+    refuse_inside(directory, &options.directory)?;
     let mut format = options.format.options();
     format.prefetch = options.prefetch.iter().map(|path| path.clone().into_bytes()).collect();
     let mut builder = options.format.builder(format, directory)?;
@@ -131,6 +132,21 @@ pub fn run(options: &Options, out: &mut Output) -> Result<Verdict> {
     write_whole(&directory.join(BOOTSTRAP_NAME), &image.bootstrap)?;
     report(&image.blobs, &image.report, options.json, out)?;
     Ok(Verdict::Good)
+}
+
+/// An image cannot hold itself.
+fn refuse_inside(output: &Path, source: &Path) -> Result<()> {
+    let real = |path: &Path| {
+        path.canonicalize().map_err(|error| Error::io(&error, path.display().to_string()))
+    };
+    match real(output)?.starts_with(real(source)?) {
+        false => Ok(()),
+        true => Err(Error::Malformed(format!(
+            "-o {}: inside of {}, which becomes the image; choose another place",
+            output.display(),
+            source.display()
+        ))),
+    }
 }
 
 /// Writes a file so that it is there whole or not at all.
