@@ -6,7 +6,7 @@
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use sluice::image::codec::Codec;
 use sluice::image::{Bootstrap, ChunkIndex, Compressor, ContextTable, Decoder};
-use sluice::image::{DigestAlgorithm, Layout};
+use sluice::image::{DigestAlgorithm, KernelView, Layout, Segmentation};
 use std::hint::black_box;
 use std::io::{Read, Write};
 
@@ -53,10 +53,15 @@ fn parse(criterion: &mut Criterion) {
         let bootstrap = parse();
         let build = || Layout::build(&bootstrap, 0, None).unwrap();
         group.bench_function(format!("layout {name}"), |bench| bench.iter(build));
+        let cut = || Segmentation::of_image(&bootstrap).unwrap();
+        group.bench_function(format!("segments {name}"), |bench| bench.iter(cut));
     }
     let bootstrap = Bootstrap::parse(fixture("lz4-1m/image.boot")).unwrap();
     let walk = || bootstrap.tree().walk().count();
     group.bench_function("walk 387 inodes", |bench| bench.iter(walk));
+    let cut = Segmentation::of_image(&bootstrap).unwrap();
+    let view = || KernelView::derive(&bootstrap, &cut).unwrap();
+    group.bench_function("view 387 inodes", |bench| bench.iter(view));
 }
 
 fn look_up(criterion: &mut Criterion) {

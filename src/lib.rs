@@ -17,7 +17,8 @@
 //! * [`store`]: where bytes go: cache objects, and the ledger of what they were filled under.
 //! * [`blob`]: policy. Which bytes are here, who fetches the rest, in which order.
 //! * [`upcall`]: who asks. The codec of /dev/cachefiles, the device, the intake of one core.
-//! * [`daemon`]: wiring. Workers, the control API (nydusd's, and our own), statistics, culling.
+//! * [`daemon`]: wiring. Workers, the control API (nydusd's, and our own), statistics, culling, and
+//!   what outlives a daemon: registrations on disk, the keeper, a supervisor.
 //! * [`cli`]: one file per command.
 //!
 //! Dependencies point one way, files stay short, and unsafe code lives in four files;
@@ -41,6 +42,10 @@
 //!   cannot vouch for is culled before the image is registered.
 //! * *Answered once, by a deadline*: the task that takes a message answers it, on every path; every
 //!   operation has a deadline, which cancels it and awaits the cancelled completion.
+//! * *Crash, restart and upgrade are one path* ([`daemon::lineage`]): what is registered is on disk
+//!   before a client is told; a keeper, systemd or a supervisor holds the device; a successor reads
+//!   the registrations back, has the kernel send again what nobody answered, and serves. Nothing is
+//!   dumped: presence is read from the cache itself.
 //! * *A failure is never permanent*: a failed flight releases its claims, a failed load is not
 //!   remembered, and a present chunk that the kernel asks for again is looked for in the cache.
 //! * *A reader waits for its own bytes only*: fetchers are bounded per route, so dead registries
@@ -53,6 +58,9 @@
 //!   at an image's first read.
 //! * The bootstrap is filled whole at the first READ of its cookie: before the OPEN is answered the
 //!   kernel has not attached the file and refuses writes (ENOBUFS). A full walk costs one upcall.
+//! * A successor may be asked to open what it does not know, for readers that wait already. After
+//!   an error it would be asked again, for ever (the kernel reopens an object for as long as reads
+//!   of it wait), so such an object is opened and its reads are refused, for a second.
 //! * How the cores share the device is chosen with `tools/intake`; the README has the table.
 
 pub mod blob;

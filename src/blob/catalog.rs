@@ -11,6 +11,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use super::awaited::Awaited;
 use super::registration::{Image, ImageSpec};
 use crate::config::{CATALOG_IMAGES_MAX, CATALOG_INSERT_TRIES_MAX};
 use crate::error::{Error, Result};
@@ -20,6 +21,8 @@ use crate::image::digest::Digest;
 /// The registered images of this daemon. Shared by `Arc`; every method takes `&self`.
 #[derive(Debug, Default)]
 pub struct Catalog {
+    /// Images that were registered before a restart and are still to come.
+    pub awaited: Awaited,
     domains: Mutex<BTreeMap<String, Domain>>,
     /// Held by the registration that is being admitted: none comes between admission and insert.
     admitting: Mutex<()>,

@@ -46,7 +46,10 @@ pub enum Mail {
     /// Hand over a copy of the core's statistics.
     Snapshot(SnapshotRequest),
     /// Let nobody new in, finish, end.
-    Stop,
+    Stop {
+        /// What is under way may take so long.
+        within_ns: u64,
+    },
 }
 
 /// What the cores of a daemon share, and what a crew is made of.
@@ -192,6 +195,7 @@ impl Crew {
     }
 
     async fn read_mail(&self, mail: Receiver<Mail>, is_over: Rc<dyn Fn()>) {
+        let mut within_ns = 0;
         while let Some(message) = mail.receive(&self.core).await {
             match message {
                 Mail::Await { blob, waiter } => self.enlist(&blob, waiter),
@@ -201,11 +205,14 @@ impl Crew {
                 }
                 Mail::Settled => self.news.wake_all(&self.core),
                 Mail::Snapshot(request) => request.answer(&self.statistics.borrow()),
-                Mail::Stop => break,
+                Mail::Stop { within_ns: time_ns } => {
+                    within_ns = time_ns;
+                    break;
+                }
             }
         }
         self.stopping.wake_all(&self.core);
-        let deadline_ns = self.core.now() + crate::config::STOP_DEADLINE_NS;
+        let deadline_ns = self.core.now() + within_ns;
         self.gate.close(&self.core, deadline_ns).await;
         self.parts.client.close();
         is_over();

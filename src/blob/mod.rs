@@ -4,6 +4,7 @@
 //! A fault is the function in `serve.rs`, a fetch the one in `fetch.rs`; `map.rs` is the only
 //! memory of the fault path that several cores write.
 
+pub mod awaited;
 pub mod cache;
 pub mod catalog;
 pub mod crew;

@@ -63,6 +63,11 @@ pub struct Options {
     /// Open files to ask the kernel for (0 leaves the limit alone).
     #[arg(long, value_name = "N", default_value_t = config::NOFILE_DEFAULT)]
     rlimit_nofile: u64,
+    /// When this daemon dies or is stopped, readers wait so long for the next one; then they get
+    /// EIO. 0: they get it at once.
+    #[arg(long, value_name = "SECONDS", default_value_t = config::KEEP_DEFAULT_S,
+          value_parser = clap::value_parser!(u64).range(..=config::KEEP_MAX_S))]
+    keep: u64,
 }
 
 /// Serves until a signal or an API call ends it.
@@ -182,6 +187,7 @@ fn configure(options: &Options, allowed: &[usize]) -> Result<Config> {
         supervisor: None,
         upgrade: false,
         blobs_file: None,
+        keep_s: options.keep,
     })
 }
 

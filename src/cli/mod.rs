@@ -16,6 +16,7 @@ mod gc;
 mod host_checks;
 mod images;
 mod inspect;
+mod keeper;
 mod kernel_checks;
 mod mount;
 mod mounts;
@@ -101,6 +102,9 @@ enum Command {
     Unpack(unpack::Options),
     /// Find out what this machine lacks, and say what to do.
     Doctor(doctor::Options),
+    /// Hold open files for a daemon; daemons start this by themselves.
+    #[command(hide = true)]
+    Keeper(keeper::Options),
     /// Print the version.
     Version,
 }
@@ -151,6 +155,7 @@ fn dispatch(command: Command) -> Result<Verdict> {
         Command::Build(options) => build::run(&options, &mut out),
         Command::Unpack(options) => unpack::run(&options, &mut out),
         Command::Doctor(options) => doctor::run(&options, &mut out),
+        Command::Keeper(options) => keeper::run(&options),
         Command::Version => {
             out.line(concat!("sluice ", env!("CARGO_PKG_VERSION")))?;
             Ok(Verdict::Good)

@@ -13,6 +13,7 @@ mod fault;
 mod image;
 mod registry;
 mod store;
+mod succession;
 
 use std::path::PathBuf;
 
@@ -27,6 +28,7 @@ pub use fault::*;
 pub use image::*;
 pub use registry::*;
 pub use store::*;
+pub use succession::*;
 
 /// How the workers share the kernel's requests at the cachefiles device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -107,6 +109,8 @@ pub struct Config {
     pub upgrade: bool,
     /// nydusd's `--config`: a file with a list of blobs to register at start.
     pub blobs_file: Option<PathBuf>,
+    /// What outlives the daemon waits so long for a successor; 0: nothing outlives it.
+    pub keep_s: u64,
 }
 
 /// One kibibyte.

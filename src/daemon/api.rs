@@ -152,6 +152,8 @@ impl Call {
         matches!(
             self,
             Register { .. }
+                | Unregister { .. }
+                | UnregisterDomain { .. }
                 | Cull { .. }
                 | Start
                 | SendFd

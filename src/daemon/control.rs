@@ -11,16 +11,15 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use serde_json::{Map, Value, json};
 
-use super::admission;
 use super::api::Call;
 use super::cull::Culler;
-use super::entry::Entry;
 use super::evictor::Evictor;
 use super::mount_wish::MountWish;
-use super::mounts::{Door, Mounted, Mounts, Place};
+use super::mounts::{Mounted, Mounts, Place};
 use super::reply::{self, Identity, Response};
 use super::state::{Event, StateMachine};
 use super::statistics::Statistics;
+use super::succession::{self, Restored};
 use crate::blob::catalog::Catalog;
 use crate::blob::journal::{Journal, Level, level_name};
 use crate::blob::registration::Image;
@@ -32,8 +31,8 @@ use crate::store::ledger::Ledger;
 pub type Act = Box<dyn Fn() -> Result<()> + Send + Sync>;
 /// Applies new credentials; says whether any route was meant.
 pub type Configure = Box<dyn Fn(Option<&str>, &Update) -> Result<()> + Send + Sync>;
-/// Told about a new image, with the entry it came from.
-pub type Registered = Box<dyn Fn(&Arc<Image>, &[u8]) + Send + Sync>;
+/// Told about a new image, with the entry it came from; an error takes the registration back.
+pub type Registered = Box<dyn Fn(&Arc<Image>, &[u8]) -> Result<()> + Send + Sync>;
 /// Told about what was removed: a domain, or one id of it.
 pub type Forgotten = Box<dyn Fn(&str, Option<&str>) + Send + Sync>;
 
@@ -90,6 +89,8 @@ pub struct ControlPlane {
     pub hooks: Hooks,
     /// Names of what was configured; the values are secrets.
     pub configured: Mutex<BTreeSet<String>>,
+    /// What came back from disk at the start.
+    pub restored: Restored,
 }
 
 impl Hooks {
@@ -102,7 +103,7 @@ impl Hooks {
             exit: nothing(),
             send_fd: Box::new(move || Err(without("hand its state over"))),
             takeover: Box::new(move || Err(without("take a state over"))),
-            registered: Box::new(|_, _| ()),
+            registered: Box::new(|_, _| Ok(())),
             forgotten: Box::new(|_, _| ()),
             configure: Box::new(move |_, _| Err(without("change credentials while it runs"))),
             more_statistics: Box::new(|| Value::Null),
@@ -144,6 +145,7 @@ impl ControlPlane {
                 reply::document(&reply::listing(&self.catalog.list(&domain_id, id.as_deref())))
             }
             Call::UnregisterDomain { domain_id } => {
+                succession::wait_for(self, &domain_id);
                 if let Err(error) = self.check_unused(&domain_id, None) {
                     return reply::failed("DeleteBlobObject", &error);
                 }
@@ -152,6 +154,7 @@ impl ControlPlane {
                 reply::done()
             }
             Call::Unregister { domain_id, id } => {
+                succession::wait_for(self, &domain_id);
                 let unused = self.check_unused(&domain_id, Some(&id));
                 answer("DeleteBlobObject", unused.and_then(|()| self.unregister(&domain_id, &id)))
             }
@@ -171,37 +174,14 @@ impl ControlPlane {
         }
     }
 
-    /// Registers what an entry describes, and tells the daemon. `body` is the entry's JSON.
-    pub fn register(&self, entry: Entry, body: &[u8]) -> Result<Arc<Image>> {
-        let image = self.catalog.register_if(entry.into_spec()?, |image, bootstrap| {
-            let ledger = self.ledger.as_ref();
-            ledger
-                .map_or(Ok(()), |ledger| admission::admit(ledger, &self.catalog, image, bootstrap))
-        })?;
-        self.journal.write(Level::Info, || {
-            format!(
-                "image {}/{} registered: {} blobs, bootstrap {}",
-                image.domain_id,
-                image.id,
-                image.blobs.len(),
-                image.bootstrap_path.display()
-            )
-        });
-        (self.hooks.registered)(&image, body);
-        // Removed while the hook ran, when there was nothing to forget yet.
-        if self.catalog.object(&image.domain_id, &image.id).is_none() {
-            (self.hooks.forgotten)(&image.domain_id, Some(&image.id));
-        }
-        Ok(image)
-    }
-
     /// Registers an image, unless it is, and mounts it.
     fn mount(&self, wish: MountWish, peer: Option<u32>) -> Result<Value> {
         let at = Place::seen_by(&wish.mountpoint, peer)?;
         let door = self.mounts.door(wish.door)?;
-        let _turn = self.mounts.turn();
         let spec = wish.entry.clone().into_spec()?;
         let domain_id = if spec.domain_id.is_empty() { &spec.id } else { &spec.domain_id };
+        succession::wait_for(self, domain_id);
+        let _turn = self.mounts.turn();
         let known = self.catalog.image(domain_id, &spec.id);
         let is_mounted = !self.mounts.places(domain_id, &spec.id).is_empty();
         let image = match known {
@@ -284,30 +264,6 @@ impl ControlPlane {
     pub fn look_after_mounts(&self) {
         let _turn = self.mounts.turn();
         self.reconcile();
-    }
-
-    fn unregister(&self, domain_id: &str, id: &str) -> Result<()> {
-        self.catalog.unregister(domain_id, id)?;
-        (self.hooks.forgotten)(domain_id, Some(id));
-        Ok(())
-    }
-
-    /// An image this daemon has mounted is not forgotten while somebody may read it.
-    fn check_unused(&self, domain_id: &str, id: Option<&str>) -> Result<()> {
-        let mounts = self.mounts.list();
-        let is_meant = |mounted: &Mounted| {
-            mounted.door == Door::Fanotify
-                && mounted.domain_id == domain_id
-                && id.is_none_or(|id| mounted.id == id)
-        };
-        match mounts.iter().find(|(_, mounted)| is_meant(mounted)) {
-            None => Ok(()),
-            Some((place, mounted)) => Err(Error::Busy(format!(
-                "image {domain_id}/{} is mounted at {}; unmount it first",
-                mounted.id,
-                place.mountpoint.display()
-            ))),
-        }
     }
 
     fn transition(&self, kind: &str, event: Event, work: &Act) -> Response {

@@ -12,6 +12,7 @@ use super::cull::Culler;
 use super::reply::{Identity, Response};
 use super::state::{Event, State, StateMachine};
 use super::statistics::Statistics;
+use super::succession::Restored;
 use crate::blob::catalog::Catalog;
 use crate::blob::journal::{Journal, Level};
 use crate::blob::statistics::{Counter, Counters};
@@ -34,6 +35,7 @@ pub fn control(hooks: Hooks) -> ControlPlane {
         evictor: None,
         hooks,
         configured: Mutex::default(),
+        restored: Restored::default(),
     }
 }
 
@@ -287,6 +289,7 @@ fn an_image_is_registered_listed_and_removed() {
         registered: Box::new(move |image, body| {
             assert!(body.starts_with(b"{"));
             log.lock().unwrap().push(format!("+{}/{}", image.domain_id, image.id));
+            Ok(())
         }),
         forgotten: Box::new(move |domain, id| {
             forgot.lock().unwrap().push(format!("-{domain}/{id:?}"));
@@ -409,7 +412,10 @@ fn a_removal_while_the_hook_runs_is_passed_on() {
     let forgotten = Arc::new(Mutex::new(0));
     let count = forgotten.clone();
     let hooks = Hooks {
-        registered: Box::new(move |image, _| removing.unregister_domain(&image.domain_id)),
+        registered: Box::new(move |image, _| {
+            removing.unregister_domain(&image.domain_id);
+            Ok(())
+        }),
         forgotten: Box::new(move |_, _| *count.lock().unwrap() += 1),
         ..Hooks::idle()
     };

@@ -30,6 +30,18 @@ impl Cookies {
         Cookies { directory: directory.to_owned() }
     }
 
+    /// Whether any image is mounted, as far as the kernel tells; if it does not, one may be.
+    pub fn any_in_use(&self) -> bool {
+        let list = read(&self.directory.join("volumes"));
+        // VOLUME REF nCOOK ACC FL CACHE KEY: a volume without cookies is being let go.
+        list.map_or(true, |list| {
+            list.lines().any(|line| {
+                let is_image = line.rsplit(' ').next().is_some_and(|key| key.starts_with("erofs,"));
+                is_image && line.split_whitespace().nth(2).is_some_and(|count| count != "0")
+            })
+        })
+    }
+
     /// Waits while the kernel is letting a cookie go: an unmount returns before that is done. Then
     /// none, or the state of what is open: the letter that the kernel shows.
     ///
@@ -147,6 +159,17 @@ mod tests {
         let waiting = std::thread::spawn(move || cookies.settle("erofs,other", "b"));
         std::fs::write(directory.path().join("cookies"), "COOKIE\n").unwrap();
         assert_eq!(waiting.join().unwrap(), Ok(None));
+    }
+
+    #[test]
+    fn an_image_is_mounted_while_its_volume_has_cookies() {
+        assert!(listed(VOLUMES, COOKIES).1.any_in_use());
+        let none = VOLUMES.replace("     2     1   1 00 my", "     2     0   1 00 my");
+        assert!(listed(&none, COOKIES).1.any_in_use());
+        let none = none.replace("     3     2   1 00 default", "     3     0   1 00 default");
+        assert!(!listed(&none, COOKIES).1.any_in_use());
+        assert!(!listed(&VOLUMES.replace("erofs,", "nfs,"), COOKIES).1.any_in_use());
+        assert!(Cookies::listed_in(Path::new("/nonexistent")).any_in_use());
     }
 
     #[test]

@@ -1,13 +1,14 @@
 //! Opens the doors an operator asked for, or those this machine has.
 
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use crossbeam_channel::Receiver;
 
 use super::cookies::Cookies;
 use super::cull::Culler;
 use super::evictor::Evictor;
+use super::succession_device::Heritage;
 use crate::blob::crew::MakeRoom;
 use crate::blob::journal::{Journal, Level};
 use crate::config::{COMPLETED_QUEUE, Config, DoorChoice};
@@ -22,10 +23,19 @@ use crate::upcall::probe::probe;
 /// The open doors.
 #[derive(Default)]
 pub struct Doors {
-    /// /dev/cachefiles, and the directory it is bound to.
-    pub cachefiles: Option<(Arc<Device>, PathBuf)>,
+    /// The cachefiles door.
+    pub cachefiles: Option<Cachefiles>,
     /// The fanotify door.
     pub fanotify: Option<FanotifyDoor>,
+}
+
+/// The cachefiles door.
+#[derive(Clone)]
+pub struct Cachefiles {
+    /// /dev/cachefiles; none for as long as a supervisor has yet to give it.
+    pub device: Arc<OnceLock<Arc<Device>>>,
+    /// The directory it is bound to.
+    pub directory: PathBuf,
 }
 
 /// The fanotify door with its housekeeping.
@@ -44,16 +54,23 @@ impl Doors {
     ///
     /// # Errors
     /// A door that was asked for by name, or all of them, cannot be opened.
-    pub fn open(config: &Config, routes: &Arc<Shared>, journal: &Arc<Journal>) -> Result<Doors> {
+    pub fn open(
+        config: &Config,
+        heritage: &Heritage<'_>,
+        routes: &Arc<Shared>,
+        journal: &Arc<Journal>,
+    ) -> Result<Doors> {
         let mut doors = Doors::default();
         match config.door {
-            DoorChoice::Cachefiles => doors.cachefiles = open_cachefiles(config)?,
+            DoorChoice::Cachefiles => {
+                doors.cachefiles = open_cachefiles(config, heritage, journal)?;
+            }
             DoorChoice::Fanotify => {
                 doors.fanotify = Some(open_fanotify(config, routes, journal)?);
             }
             DoorChoice::Auto => {
                 let fanotify = open_fanotify(config, routes, journal);
-                let cachefiles = open_cachefiles(config);
+                let cachefiles = open_cachefiles(config, heritage, journal);
                 let (fanotify, cachefiles) = match (fanotify, cachefiles) {
                     (Err(fanotify), Err(cachefiles)) => {
                         return Err(Error::Unsupported(format!(
@@ -83,8 +100,11 @@ impl Doors {
 
     /// What removes cache files behind the cachefiles door.
     pub fn culler(&self) -> Option<Culler> {
-        let (device, directory) = self.cachefiles.clone()?;
-        let command = Arc::new(move |command: &str| device.command(command));
+        let Cachefiles { device, directory } = self.cachefiles.clone()?;
+        let command = Arc::new(move |command: &str| {
+            let none = || Error::unavailable("this daemon has no device yet");
+            device.get().ok_or_else(none)?.command(command)
+        });
         Some(Culler::new(&directory, Cookies::of_kernel(), command))
     }
 }
@@ -97,7 +117,11 @@ fn said<T>(journal: &Journal, door: &str, opened: Result<T>) -> Option<T> {
         .ok()
 }
 
-fn open_cachefiles(config: &Config) -> Result<Option<(Arc<Device>, PathBuf)>> {
+fn open_cachefiles(
+    config: &Config,
+    heritage: &Heritage<'_>,
+    journal: &Journal,
+) -> Result<Option<Cachefiles>> {
     let directory = match (&config.fscache_dir, config.door) {
         (Some(directory), _) => directory.clone(),
         (None, DoorChoice::Auto) if std::path::Path::new(DEVICE_PATH).exists() => {
@@ -112,8 +136,12 @@ fn open_cachefiles(config: &Config) -> Result<Option<(Arc<Device>, PathBuf)>> {
     };
     std::fs::create_dir_all(&directory)
         .map_err(|error| Error::io(&error, format!("cannot make {}", directory.display())))?;
-    let device = Device::bind(&directory, config.fscache_tag.as_deref())?;
-    Ok(Some((Arc::new(device), directory)))
+    let found = heritage.find_device(config, &directory, journal)?;
+    let device = Arc::<OnceLock<_>>::default();
+    if let Some(found) = found {
+        device.get_or_init(|| Arc::new(found));
+    }
+    Ok(Some(Cachefiles { device, directory }))
 }
 
 fn open_fanotify(

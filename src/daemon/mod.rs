@@ -11,10 +11,18 @@ mod doors;
 pub mod entry;
 pub mod evictor;
 pub mod http;
+pub mod keeper;
+pub mod keeper_link;
+pub mod keeper_process;
+pub mod keeper_systemd;
+pub mod keeper_wire;
+pub mod lineage;
 mod log;
 mod mount_wish;
 pub mod mounts;
 pub mod options;
+mod registering;
+pub mod remember;
 pub mod reply;
 mod sealer;
 pub mod server;
@@ -22,6 +30,9 @@ mod service;
 pub mod socket;
 pub mod state;
 pub mod statistics;
+pub mod succession;
+mod succession_device;
+pub mod supervisor;
 mod usage;
 pub mod worker;
 
@@ -31,5 +42,9 @@ pub use service::run;
 mod control_tests;
 #[cfg(test)]
 mod entry_tests;
+#[cfg(test)]
+mod lineage_tests;
+#[cfg(test)]
+mod remember_tests;
 #[cfg(test)]
 mod server_tests;

@@ -115,6 +115,13 @@ impl Mounts {
         self.binder.as_ref()
     }
 
+    /// All images of a former daemon have come back: an event of a file nobody knows is refused.
+    pub fn set_restored(&self) {
+        if let Some(binder) = &self.binder {
+            binder.bindings().set_restored();
+        }
+    }
+
     /// Keeps everybody else from mounting and unmounting.
     pub fn turn(&self) -> MutexGuard<'_, ()> {
         self.turn.lock().unwrap_or_else(PoisonError::into_inner)

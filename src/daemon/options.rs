@@ -13,7 +13,7 @@ use clap::{CommandFactory, Parser};
 use super::entry::{self, Entry, Refusal};
 use crate::config::{
     BLOBS_FILE_MAX_BYTES, CORES_MAX, Config, DoorChoice, FAULT_DEADLINE_DEFAULT_MS, Intake,
-    LogLevel, NOFILE_DEFAULT, NYDUSD_THREADS_MAX, STATE_DIR_DEFAULT,
+    KEEP_DEFAULT_S, LogLevel, NOFILE_DEFAULT, NYDUSD_THREADS_MAX, STATE_DIR_DEFAULT,
 };
 use crate::error::{Error, Result};
 
@@ -156,6 +156,7 @@ impl Raw {
             supervisor: self.supervisor,
             upgrade: self.upgrade,
             blobs_file: self.config,
+            keep_s: KEEP_DEFAULT_S,
         };
         Ok(NydusdOptions { config, remarks })
     }

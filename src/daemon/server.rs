@@ -343,6 +343,7 @@ mod tests {
         let registered: crate::daemon::control::Registered = Box::new(move |_, _| {
             report.send(()).unwrap();
             let _ = wait.recv();
+            Ok(())
         });
         let mut clients = clients(Hooks { registered, ..Hooks::idle() }, directory.path());
         let put = |clients: &mut Clients, id: usize| {

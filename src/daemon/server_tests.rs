@@ -94,6 +94,7 @@ fn blocking_hook() -> (Hooks, Receiver<String>, Sender<()>) {
     let registered: super::control::Registered = Box::new(move |image, _| {
         report.send(image.id.clone()).unwrap();
         let _ = wait.recv_timeout(PATIENCE);
+        Ok(())
     });
     (Hooks { registered, ..Hooks::idle() }, reports, release)
 }

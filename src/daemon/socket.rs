@@ -36,6 +36,7 @@ pub struct ControlSocket {
     listener: UnixListener,
     path: PathBuf,
     inode: (u64, u64),
+    replaced: bool,
 }
 
 impl ControlSocket {
@@ -51,14 +52,12 @@ impl ControlSocket {
         let parent = path.parent().unwrap_or(Path::new("/"));
         // Two daemons that start at once look and replace one after the other.
         let _turn = take_turn(File::open(parent).map_err(failed)?).map_err(failed)?;
-        match probe(&path)? {
-            Probe::Alive => {
-                return Err(Error::Busy(format!(
-                    "{}: another daemon is running; stop it or choose another socket",
-                    path.display()
-                )));
-            }
-            Probe::Absent | Probe::Stale => {}
+        let found = probe(&path)?;
+        if found == Probe::Alive {
+            return Err(Error::Busy(format!(
+                "{}: another daemon is running; stop it or choose another socket",
+                path.display()
+            )));
         }
         let private = parent.join(format!(".sluice-{}", std::process::id()));
         DirBuilder::new().mode(0o700).create(&private).or_else(|error| match error.kind() {
@@ -69,12 +68,17 @@ impl ControlSocket {
         let bound = bind_in(&private, &path).map_err(failed);
         let _ = std::fs::remove_dir_all(&private);
         let (listener, inode) = bound?;
-        Ok(ControlSocket { listener, path, inode })
+        Ok(ControlSocket { listener, path, inode, replaced: found == Probe::Stale })
     }
 
     /// The listening socket; it does not block.
     pub fn listener(&self) -> &UnixListener {
         &self.listener
+    }
+
+    /// Whether a daemon that died had left its own there.
+    pub fn has_replaced(&self) -> bool {
+        self.replaced
     }
 
     /// Where it is.
@@ -119,7 +123,7 @@ pub fn probe(path: &Path) -> Result<Probe> {
 }
 
 /// Locks the directory, or gives up after a while: somebody else may use this lock for their own.
-fn take_turn(directory: File) -> std::io::Result<Flock<File>> {
+pub(super) fn take_turn(directory: File) -> std::io::Result<Flock<File>> {
     let mut attempt = Flock::lock(directory, FlockArg::LockExclusiveNonblock);
     for _ in 0..CONTROL_BIND_TRIES_MAX {
         match attempt {

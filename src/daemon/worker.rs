@@ -17,8 +17,10 @@ use crate::blob::crew::{Crew, CrewParts, Mail, MakeRoom};
 use crate::blob::journal::Journal;
 use crate::blob::statistics::{Counters, SnapshotRequest};
 use crate::config::{
-    HELPER_THREADS, Intake, MAILBOX_CAPACITY, MILLISECOND_NS, SPIN_DEFAULT_US, SPIN_INTAKE_US,
+    HAND_OVER_NS, HELPER_THREADS, Intake, MAILBOX_CAPACITY, MILLISECOND_NS, SPIN_DEFAULT_US,
+    SPIN_INTAKE_US, STOP_DEADLINE_NS,
 };
+use crate::daemon::keeper::Ending;
 use crate::daemon::statistics::AskCore;
 use crate::engine::mesh::{Receiver, Sender, Wake, mailbox};
 use crate::engine::offload::Helpers;
@@ -39,7 +41,7 @@ use crate::upcall::watch::{EventJob, Watch, WatchMail, WatchParts};
 pub struct WorkerParts {
     /// The CPUs, one worker each.
     pub cpus: Vec<usize>,
-    /// The cachefiles door, if it is open.
+    /// The cachefiles door, if it is open; without a device it waits ([`Workers::doors`]).
     pub device: Option<Arc<Device>>,
     /// How they share it.
     pub intake: Intake,
@@ -125,7 +127,7 @@ impl Workers {
         match first_error {
             None => Ok(workers),
             Some(error) => {
-                workers.stop();
+                workers.stop(Ending::Done);
                 Err(error)
             }
         }
@@ -151,17 +153,25 @@ impl Workers {
         self.to.watches[core].send(WatchMail::HandOver(job)).is_ok()
     }
 
-    /// Takes nothing new, lets readers that wait be answered for a bounded time, ends.
-    pub fn stop(self) {
+    /// The cachefiles doors' mailboxes; one that was started without a device waits there for it.
+    pub fn doors(&self) -> Vec<Sender<DoorMail>> {
+        self.to.doors.clone()
+    }
+
+    /// Takes nothing new, lets readers that wait be answered for a bounded time, ends. At a
+    /// hand-over that time is short, and who has not got data by then is left to the successor.
+    pub fn stop(self, ending: Ending) {
+        let is_hand_over = ending == Ending::HandOver;
+        let within_ns = if is_hand_over { HAND_OVER_NS } else { STOP_DEADLINE_NS };
         // A full box belongs to a core that ends by itself or is past caring.
         for door in &self.to.doors {
-            let _ = door.send(DoorMail::Stop);
+            let _ = door.send(DoorMail::Stop { is_hand_over });
         }
         for watch in &self.to.watches {
             let _ = watch.send(WatchMail::Stop);
         }
         for mail in &self.to.mail {
-            let _ = mail.send(Mail::Stop);
+            let _ = mail.send(Mail::Stop { within_ns });
         }
         for thread in self.threads {
             let _ = thread.join();
@@ -198,11 +208,9 @@ fn work(
     let is_over = Rc::new(Cell::new(false));
     let flag = Rc::clone(&is_over);
     crew.start(boxes.mail, Rc::new(move || flag.set(true)));
-    if let Some(device) = &parts.device {
-        let (device, routes) = (Arc::clone(device), Arc::clone(&parts.routes));
-        let door_parts = DoorParts { device, routes, cores: to.doors, intake: parts.intake };
-        Door::start(&crew, door_parts, boxes.door);
-    }
+    let (device, routes) = (parts.device.clone(), Arc::clone(&parts.routes));
+    let door_parts = DoorParts { device, routes, cores: to.doors, intake: parts.intake };
+    Door::start(&crew, door_parts, boxes.door);
     if let Some((group, bindings)) = &parts.watch {
         let (group, bindings) = (Arc::clone(group), Arc::clone(bindings));
         Watch::start(&crew, WatchParts { group, bindings, cores: to.watches }, boxes.watch);

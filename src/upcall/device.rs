@@ -4,8 +4,9 @@
 //! given exactly once, by the task that took the message.
 
 use std::fs::OpenOptions;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
+use std::sync::atomic::AtomicUsize;
 
 use super::cachefiles::{MESSAGE_MAX_BYTES, MessageId, copen};
 use super::sys;
@@ -31,6 +32,10 @@ pub struct Device {
     /// Closes the device at the end; absent in simulations.
     guard: Option<OwnedFd>,
     completion: Completion,
+    /// Whether another daemon had it before.
+    is_inherited: bool,
+    /// Opens taken and not answered, on all cores.
+    unanswered_opens: AtomicUsize,
 }
 
 impl Device {
@@ -62,7 +67,13 @@ impl Device {
     /// A kernel's device that is open already, and bound.
     pub fn of(guard: OwnedFd) -> Device {
         let fd = Fd(guard.as_raw_fd());
-        Device { fd, guard: Some(guard), completion: Completion::Control }
+        Device { guard: Some(guard), ..Device::simulated(fd) }
+    }
+
+    /// The same, when the daemon that had it before is gone, or about to go: the kernel sends again
+    /// what that daemon has not answered, once [`Device::restore`] has asked for it.
+    pub fn inherited(self) -> Device {
+        Device { is_inherited: true, ..self }
     }
 
     /// A test's kernel: the other end of a SOCK_SEQPACKET socket speaks the device's messages.
@@ -72,12 +83,35 @@ impl Device {
 
     /// A simulated device: a number that only the simulated world understands.
     pub fn simulated(fd: Fd) -> Device {
-        Device { fd, guard: None, completion: Completion::Control }
+        let (completion, unanswered_opens) = (Completion::Control, AtomicUsize::new(0));
+        Device { fd, guard: None, completion, is_inherited: false, unanswered_opens }
+    }
+
+    /// Whether another daemon had it before.
+    pub fn is_inherited(&self) -> bool {
+        self.is_inherited
+    }
+
+    /// Has every request that was handed out and not answered handed out again (Linux 6.8). Not
+    /// while a request to open is being served here: the kernel gives a second file for one object
+    /// to nobody and fails the open (cachefiles_ondemand_get_fd, EEXIST).
+    pub fn restore(&self) -> Result<()> {
+        self.command("restore")
+    }
+
+    /// Opens that have been taken and not answered, on all cores.
+    pub fn unanswered_opens(&self) -> &AtomicUsize {
+        &self.unanswered_opens
     }
 
     /// The device's file, for polling.
     pub fn fd(&self) -> Fd {
         self.fd
+    }
+
+    /// The open device itself, for whoever is to hold it; none in simulations.
+    pub fn file(&self) -> Option<BorrowedFd<'_>> {
+        self.guard.as_ref().map(AsFd::as_fd)
     }
 
     /// Takes over the file of an OPEN message.

@@ -19,7 +19,8 @@ use crate::blob::journal::Level;
 use crate::blob::statistics::{Counter, Stage};
 use crate::config::{
     DEMAND_SLOTS, HAND_OVER_READS, INTAKE_PAUSE_MAX_NS, INTAKE_PAUSE_NS, Intake, LAYOUT_LOOK_NS,
-    MAILBOX_CAPACITY, OPEN_QUEUE, OPEN_SLOTS, RANGE_LEASE_SIZE,
+    MAILBOX_CAPACITY, OPEN_QUEUE, OPEN_SLOTS, RANGE_LEASE_SIZE, RESTORE_AGAIN_MAX_NS,
+    RESTORE_AGAIN_NS,
 };
 use crate::engine::mesh::{Receiver, Sender};
 use crate::engine::sync::{Notify, Queue};
@@ -32,8 +33,8 @@ const POLL_EXCLUSIVE: u32 = 1 << 28;
 
 /// What the doors of all cores share.
 pub struct DoorParts {
-    /// The device.
-    pub device: Arc<Device>,
+    /// The device; without one the door waits until it is told of it.
+    pub device: Option<Arc<Device>>,
     /// Routes of backends.
     pub routes: Arc<Shared>,
     /// The doors' mailboxes by core number, the own one included.
@@ -45,6 +46,7 @@ pub struct DoorParts {
 /// The door on one core.
 pub struct Door {
     pub(super) crew: Rc<Crew>,
+    pub(super) device: Arc<Device>,
     pub(super) parts: DoorParts,
     pub(super) opens: Queue<OpenJob>,
     pub(super) slot_freed: Notify,
@@ -55,14 +57,34 @@ pub struct Door {
     idle_slots: Cell<usize>,
     next_sibling: Cell<usize>,
     is_stopped: Cell<bool>,
+    /// A successor serves what is not answered with data here.
+    pub(super) is_handing_over: Cell<bool>,
+    /// The pause before the kernel is asked to send requests again; none while one is under way.
+    again_ns: Cell<Option<u64>>,
 }
 
 impl Door {
-    /// Spawns the door's tasks on the crew's core.
+    /// Spawns the door's tasks on the crew's core, when there is a device.
     pub fn start(crew: &Rc<Crew>, parts: DoorParts, mail: Receiver<DoorMail>) {
+        match parts.device.clone() {
+            Some(device) => Door::begin(crew, device, parts, mail),
+            None => {
+                let waiting = Rc::clone(crew);
+                crew.core.spawn(Lane::Demand, async move {
+                    // Nothing else comes before a device, but for the end.
+                    if let Some(DoorMail::Begin(device)) = mail.receive(&waiting.core).await {
+                        Door::begin(&waiting, device, parts, mail);
+                    }
+                });
+            }
+        }
+    }
+
+    fn begin(crew: &Rc<Crew>, device: Arc<Device>, parts: DoorParts, mail: Receiver<DoorMail>) {
         let polls = parts.intake != Intake::One || crew.id().0 == 0;
         let door = Rc::new(Door {
             crew: Rc::clone(crew),
+            device,
             parts,
             opens: Queue::new(OPEN_QUEUE),
             slot_freed: Notify::default(),
@@ -72,6 +94,8 @@ impl Door {
             idle_slots: Cell::new(DEMAND_SLOTS),
             next_sibling: Cell::new(0),
             is_stopped: Cell::new(false),
+            is_handing_over: Cell::new(false),
+            again_ns: Cell::new(Some(RESTORE_AGAIN_NS)),
         });
         for _ in 0..DEMAND_SLOTS {
             let door = Rc::clone(&door);
@@ -95,7 +119,7 @@ impl Door {
             while self.idle_slots.get() == 0 || self.opens.len() == OPEN_QUEUE {
                 self.slot_freed.wait(&self.crew.core).await;
             }
-            match self.parts.device.receive(&self.crew.core, &mut buffer) {
+            match self.device.receive(&self.crew.core, &mut buffer) {
                 Ok(Some(bytes)) => {
                     empty_count = 0;
                     self.take(bytes);
@@ -128,7 +152,7 @@ impl Door {
             Intake::Every | Intake::One | Intake::Spin => 0,
         };
         let events = libc::POLLIN as u32 | exclusive;
-        if let Err(error) = core.poll(self.parts.device.fd(), events).await {
+        if let Err(error) = core.poll(self.device.fd(), events).await {
             self.crew.parts.journal.error(format!("/dev/cachefiles: {error}"));
             let _ = core.sleep(INTAKE_PAUSE_MAX_NS).await;
         }
@@ -143,7 +167,8 @@ impl Door {
             }
             Ok(Message::Open { id, object, fd, volume, cookie }) => {
                 counters.count(Counter::UpcallsOpen);
-                let guard = self.parts.device.adopt(Fd(fd));
+                self.device.unanswered_opens().fetch_add(1, Ordering::Relaxed);
+                let guard = self.device.adopt(Fd(fd));
                 let job = OpenJob::new(id, object, (Fd(fd), guard), (volume, cookie), taken_ns);
                 let pushed = self.opens.push(&self.crew.core, job);
                 assert!(pushed.is_ok(), "take_messages() leaves room for one open");
@@ -160,8 +185,8 @@ impl Door {
     fn refuse(&self, bytes: &[u8], error: &Error) {
         self.crew.parts.journal.error(error.to_string());
         if let Some((id, fd)) = open_fd(bytes) {
-            drop(self.parts.device.adopt(Fd(fd)));
-            let answered = self.parts.device.answer_open(&self.crew.core, id, Err(libc::EINVAL));
+            drop(self.device.adopt(Fd(fd)));
+            let answered = self.device.answer_open(&self.crew.core, id, Err(libc::EINVAL));
             if let Err(error) = answered {
                 self.crew.parts.journal.error(error.to_string());
             }
@@ -191,7 +216,7 @@ impl Door {
             self.crew.parts.counters.count(Counter::ReadsFailed);
             self.crew.parts.journal.error("a core has more reads than it can queue; one gets EIO");
             if let Some(opened) = self.objects.borrow().find(job.object) {
-                let answered = self.parts.device.answer_read(&self.crew.core, opened.fd(), job.id);
+                let answered = self.device.answer_read(&self.crew.core, opened.fd(), job.id);
                 drop(answered);
             }
         }
@@ -215,6 +240,7 @@ impl Door {
             // without the object's file it could not be answered anyway.
             let text = || format!("read {} of object {}, not open", job.id.0, job.object.0);
             journal.write(Level::Warn, text);
+            self.ask_again().await;
             return;
         };
         let (outcome, stage) = match &opened {
@@ -227,18 +253,48 @@ impl Door {
                 counters.count(Counter::BootstrapReads);
                 (self.fill_bootstrap(bootstrap).await, Stage::BootstrapRead)
             }
+            Opened::Refused(refused) => {
+                if self.crew.core.now() >= refused.until_ns {
+                    // The next read has it opened anew, and perhaps it is known by then.
+                    self.tell_all(|| DoorMail::Remove(job.object));
+                }
+                (Err(Error::NotFound("nobody knows this object".into())), Stage::Read)
+            }
         };
         if let Err(error) = outcome {
+            if self.is_handing_over.get() {
+                // The successor is asked for the same bytes.
+                return;
+            }
             counters.count(Counter::ReadsFailed);
             // The fetch that failed has said what and why, once; this is once per reader.
             let text = || format!("read at {} answered with EIO: {error}", job.range.start);
             journal.write(Level::Debug, text);
         }
-        if let Err(error) = self.parts.device.answer_read(&self.crew.core, opened.fd(), job.id) {
+        if let Err(error) = self.device.answer_read(&self.crew.core, opened.fd(), job.id) {
             // The reader was killed, or the object was closed meanwhile.
             journal.write(Level::Debug, || error.to_string());
         }
         self.crew.record(stage, job.taken_ns);
+    }
+
+    /// A read of an object that only the predecessor had open: it was still on its way out when the
+    /// kernel was asked to send its requests again. Asks once more, until it is gone.
+    async fn ask_again(&self) {
+        let core = &self.crew.core;
+        let Some(pause_ns) = self.again_ns.get().filter(|_| self.device.is_inherited()) else {
+            return;
+        };
+        self.again_ns.set(None);
+        // A sleep ends by its time, whatever happens.
+        let _ = core.sleep(pause_ns).await;
+        while self.device.unanswered_opens().load(Ordering::Relaxed) > 0 {
+            let _ = core.sleep(LAYOUT_LOOK_NS).await;
+        }
+        self.again_ns.set(Some((2 * pause_ns).min(RESTORE_AGAIN_MAX_NS)));
+        if let Err(error) = self.device.restore() {
+            self.crew.parts.journal.error(error.to_string());
+        }
     }
 
     /// Fills the whole bootstrap at its first read: from then on the kernel has all metadata.
@@ -308,7 +364,12 @@ impl Door {
                     }
                 }
                 DoorMail::HandOver(job) => self.enqueue(job),
-                DoorMail::Stop => self.is_stopped.set(true),
+                DoorMail::Stop { is_hand_over } => {
+                    self.is_stopped.set(true);
+                    self.is_handing_over.set(is_hand_over);
+                }
+                // There is one already.
+                DoorMail::Begin(_) => {}
             }
         }
     }

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use super::cachefiles::{MessageId, ObjectId};
+use super::device::Device;
 use crate::blob::open::OpenBlob;
 use crate::blob::registration::Image;
 use crate::engine::{CoreId, Fd};
@@ -26,6 +27,16 @@ pub struct OpenBootstrap {
     pub is_filling: AtomicBool,
 }
 
+/// An object that the predecessor had open and that this daemon cannot serve, with the time until
+/// which that is taken for granted. To answer its open with an error would not do: the kernel would
+/// ask for it again and again, and never answer its readers.
+pub struct RefusedObject {
+    /// The way to answer its reads.
+    pub object: CacheObject,
+    /// In the cores' time.
+    pub until_ns: u64,
+}
+
 /// An open object.
 #[derive(Clone)]
 pub enum Opened {
@@ -33,6 +44,8 @@ pub enum Opened {
     Bootstrap(Arc<OpenBootstrap>),
     /// A data blob.
     Data(Arc<OpenBlob>),
+    /// What nobody knows: its reads get EIO.
+    Refused(Arc<RefusedObject>),
 }
 
 impl Opened {
@@ -43,6 +56,7 @@ impl Opened {
             Opened::Data(blob) => {
                 blob.cache.object().expect("a blob behind this door has an object").fd()
             }
+            Opened::Refused(refused) => refused.object.fd(),
         }
     }
 
@@ -69,6 +83,8 @@ pub struct ReadJob {
 
 /// A message between the doors of two cores.
 pub enum DoorMail {
+    /// Begin to serve a device: for doors that were started without one.
+    Begin(Arc<Device>),
     /// Put an object into the table, count down, and tell the core that waits.
     Install {
         /// Its number.
@@ -87,7 +103,10 @@ pub enum DoorMail {
     /// Serve a read: from a core that polls for others.
     HandOver(ReadJob),
     /// Take nothing new from the device.
-    Stop,
+    Stop {
+        /// What cannot be answered with data is left to a successor, not refused.
+        is_hand_over: bool,
+    },
 }
 
 /// One core's table.

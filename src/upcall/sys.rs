@@ -17,14 +17,17 @@ pub const READ_COMPLETE: u64 = 0x4004_9801;
 /// FAN_PRE_ACCESS: include/uapi/linux/fanotify.h, Linux 6.14.
 pub const PRE_ACCESS: u64 = 0x0010_0000;
 
-/// Takes over a file that a message of the kernel has installed in this process.
+/// Takes over a file that the kernel has installed in this process under a number.
 ///
-/// Called once per message, by the code that parsed it: from then on the number belongs to the
-/// returned value and is closed with it.
+/// Called once per file, by the code that was told its number: for a message of a door, for a file
+/// that came over a socket, for one that this process was started with. From then on the number
+/// belongs to the returned value and is closed with it.
 pub fn adopt(fd: Fd) -> OwnedFd {
-    // SAFETY: the kernel installed this number for us with the message it came in
-    // (cachefiles_ondemand_get_fd, copy_event_to_user), and whoever parsed the message adopts its
-    // file once.
+    // SAFETY: the kernel installed this number for us (cachefiles_ondemand_get_fd,
+    // copy_event_to_user, SCM_RIGHTS, accept4, exec), nothing else owns it, and each caller adopts
+    // a number once: whoever parsed a door's message that of its file, keeper_wire.rs,
+    // keeper_process.rs and supervisor.rs those that came over sockets, keeper_systemd.rs and
+    // keeper_process.rs those that are open when the process starts.
     unsafe { OwnedFd::from_raw_fd(fd.0) }
 }
 

@@ -14,6 +14,11 @@ SMALL=/fixtures/small/lz4-1m
 BLOB=$(blob_of $SMALL)
 TREE=/fixtures/small/tree.txt
 
+# Nothing outlives this daemon: what happens then is the subject of succession.sh.
+start() {
+    daemon_start --deadline-ms $((DEADLINE_S * 1000)) --keep 0
+}
+
 # read_some PLACE [OPTIONS]: a few cold random pages, right or EIO, each within the deadline.
 read_some() {
     local place=$1
@@ -46,7 +51,7 @@ sweep() {
         unregister "${place##*/}"
     done >/dev/null 2>&1
     if gone "$daemon_pid"; then
-        must "another daemon starts" daemon_start --deadline-ms $((DEADLINE_S * 1000))
+        must "another daemon starts" start
     fi
 }
 
@@ -148,7 +153,7 @@ with_small_disk() {
     mkdir -p "$CACHE"
     # In two steps: mount -o loop holds the device open for writing, and this kernel refuses to mount such devices.
     loop=$(losetup --find --show /cache/small.img) && mount "$loop" "$CACHE" || return 1
-    daemon_start --deadline-ms $((DEADLINE_S * 1000)) && full_disk_is_eio_and_heals
+    start && full_disk_is_eio_and_heals
     status=$?
     daemon_stop
     umount "$CACHE" || { fuser -vm "$CACHE"; return 1; }
@@ -244,7 +249,7 @@ killed_daemon_hangs_nobody() {
     wait "$readers" || { cat /tmp/killed-readers; return 1; }
     umount /mnt/killed || return 1
     heal_registry
-    daemon_start --deadline-ms $((DEADLINE_S * 1000)) || return 1
+    start || return 1
     bring killed "$SMALL/image.boot" "$BLOB" "$registry" app /mnt/killed && heals /mnt/killed &&
         take_away killed /mnt/killed
 }
@@ -267,7 +272,7 @@ mkdir -p /reference "$ROOT/blobs/sha256"
 busybox tar -xzf /fixtures/small/source.tar.gz -C /reference
 cp "$SMALL/$BLOB" "/fixtures/small/zstd-64k/$FLIP_BLOB" "$ROOT/blobs/sha256/"
 must "the registry starts" registryd_start "$ROOT"
-must "the daemon starts" daemon_start --deadline-ms $((DEADLINE_S * 1000))
+must "the daemon starts" start
 registry_faults
 scene "a dead registry slows no other image" dead_registry_slows_nobody_else
 scene "a flipped bit is one chunk, one count, one line" flipped_bit_is_one_chunk

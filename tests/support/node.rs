@@ -1,6 +1,7 @@
 //! A node of one's own: workers, catalog and counters in this process, a test's kernel in front of
 //! them, any registry behind them.
 
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -11,22 +12,26 @@ use sluice::blob::registration::{ImageSpec, PrefetchConfig};
 use sluice::blob::statistics::{Counter, Counters};
 use sluice::cli::cores_allowed;
 use sluice::config::Intake;
+use sluice::daemon::keeper::Ending;
 use sluice::daemon::worker::{WorkerParts, Workers};
 use sluice::registry::config::Backend;
 use sluice::registry::route::Shared;
 use sluice::upcall::device::Device;
+use sluice::upcall::objects::DoorMail;
 use tempfile::TempDir;
 
 use super::kernel::{Kernel, Object};
 use super::truth::Truth;
 
 pub struct Node {
-    pub kernel: Kernel,
+    pub kernel: Arc<Kernel>,
     pub catalog: Arc<Catalog>,
     pub counters: Arc<Counters>,
     pub log: crossbeam_channel::Receiver<Line>,
     journal: Arc<Journal>,
     workers: Option<Workers>,
+    /// The device for successors: what a keeper would hold.
+    held: OwnedFd,
 }
 
 /// How a node differs from the usual one.
@@ -54,23 +59,33 @@ impl Node {
     pub fn start(cache: &Path, options: &Options) -> Node {
         let (kernel, device) = Kernel::new(cache);
         let (journal, log) = Journal::new(Level::Debug);
-        let cpus = cores_allowed().expect("a list of CPUs");
-        let cpus = cpus.iter().cycle().copied().take(options.cores).collect::<Vec<_>>();
-        let parts = WorkerParts {
-            device: Some(Arc::new(Device::of_socket(device))),
-            intake: options.intake,
-            watch: None,
-            catalog: Arc::new(Catalog::default()),
-            journal: Arc::clone(&journal),
-            counters: Counters::new(cpus.len()),
-            routes: Shared::at(None, Path::new("/nonexistent")),
-            fault_deadline_ms: options.deadline_ms,
-            make_room: Arc::new(|_| 0),
-            cpus,
-        };
-        let workers = Workers::start(&parts).expect("workers start");
-        let (catalog, counters) = (parts.catalog, parts.counters);
-        Node { kernel, catalog, counters, log, journal, workers: Some(workers) }
+        let held = device.try_clone().expect("a number");
+        let device = Arc::new(Device::of_socket(device));
+        let catalog = Arc::new(Catalog::default());
+        let (workers, counters) = work(options, Some(device), &catalog, &journal);
+        let kernel = Arc::new(kernel);
+        Node { kernel, catalog, counters, log, journal, workers: Some(workers), held }
+    }
+
+    /// The daemon goes, the device is held, and another daemon comes that knows nothing yet. It
+    /// serves when told to, after whatever the test does meanwhile.
+    pub fn succeed(&mut self, options: &Options) -> Arc<Device> {
+        if let Some(workers) = self.workers.take() {
+            workers.stop(Ending::HandOver);
+        }
+        self.kernel.lose_daemon();
+        self.catalog = Arc::new(Catalog::default());
+        let (workers, counters) = work(options, None, &self.catalog, &self.journal);
+        (self.workers, self.counters) = (Some(workers), counters);
+        Arc::new(Device::of_socket(self.held.try_clone().expect("a number")).inherited())
+    }
+
+    /// The successor serves from now on.
+    pub fn serve(&self, device: &Arc<Device>) {
+        device.restore().expect("the kernel listens");
+        for door in self.workers.as_ref().expect("they run").doors() {
+            assert!(door.send(DoorMail::Begin(Arc::clone(device))).is_ok());
+        }
     }
 
     /// Registers a test image whose blobs are at `address`.
@@ -105,30 +120,7 @@ impl Node {
 
     /// Reads all chunks in an order of one's own and compares them; gives how many were EIO.
     pub fn read_all(&self, truth: &Truth, object: &Object, order: u64) -> usize {
-        let mut chunks: Vec<_> = truth.chunks().collect();
-        let mut state = order;
-        for place in (1..chunks.len()).rev() {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(order | 1);
-            chunks.swap(place, (state >> 33) as usize % (place + 1));
-        }
-        let mut refused = 0;
-        for chunk in chunks {
-            let range = truth.range(chunk);
-            match self.kernel.read(object, range.clone()) {
-                Ok(bytes) => {
-                    let right = &truth.bytes[range.start as usize..range.end as usize];
-                    let wrong = bytes.iter().zip(right).position(|(got, right)| got != right);
-                    let zeros = bytes.iter().filter(|&&byte| byte == 0).count();
-                    let size = bytes.len();
-                    assert_eq!(wrong, None, "{chunk:?} at {range:?}: {zeros} zeros of {size}");
-                }
-                Err(errno) => {
-                    assert_eq!(errno, nix::libc::EIO);
-                    refused += 1;
-                }
-            }
-        }
-        refused
+        read_all(&self.kernel, truth, object, order)
     }
 
     /// A counter's sum over all cores.
@@ -139,7 +131,7 @@ impl Node {
     /// Stops the workers; what the kernel still waits for then fails.
     pub fn stop(&mut self) {
         if let Some(workers) = self.workers.take() {
-            workers.stop();
+            workers.stop(Ending::Done);
             self.kernel.fail_all();
         }
     }
@@ -148,6 +140,59 @@ impl Node {
     pub fn lines(&self) -> Vec<String> {
         self.log.try_iter().map(|line| line.text).collect()
     }
+}
+
+/// What a reader does that compares, whichever daemon answers.
+pub fn read_all(kernel: &Kernel, truth: &Truth, object: &Object, order: u64) -> usize {
+    let mut chunks: Vec<_> = truth.chunks().collect();
+    let mut state = order;
+    for place in (1..chunks.len()).rev() {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(order | 1);
+        chunks.swap(place, (state >> 33) as usize % (place + 1));
+    }
+    let mut refused = 0;
+    for chunk in chunks {
+        let range = truth.range(chunk);
+        match kernel.read(object, range.clone()) {
+            Ok(bytes) => {
+                let right = &truth.bytes[range.start as usize..range.end as usize];
+                let wrong = bytes.iter().zip(right).position(|(got, right)| got != right);
+                let zeros = bytes.iter().filter(|&&byte| byte == 0).count();
+                let size = bytes.len();
+                assert_eq!(wrong, None, "{chunk:?} at {range:?}: {zeros} zeros of {size}");
+            }
+            Err(errno) => {
+                assert_eq!(errno, nix::libc::EIO);
+                refused += 1;
+            }
+        }
+    }
+    refused
+}
+
+/// Workers over a device, or without one yet.
+fn work(
+    options: &Options,
+    device: Option<Arc<Device>>,
+    catalog: &Arc<Catalog>,
+    journal: &Arc<Journal>,
+) -> (Workers, Arc<Counters>) {
+    let cpus = cores_allowed().expect("a list of CPUs");
+    let cpus = cpus.iter().cycle().copied().take(options.cores).collect::<Vec<_>>();
+    let counters = Counters::new(cpus.len());
+    let parts = WorkerParts {
+        device,
+        intake: options.intake,
+        watch: None,
+        catalog: Arc::clone(catalog),
+        journal: Arc::clone(journal),
+        counters: Arc::clone(&counters),
+        routes: Shared::at(None, Path::new("/nonexistent")),
+        fault_deadline_ms: options.deadline_ms,
+        make_room: Arc::new(|_| 0),
+        cpus,
+    };
+    (Workers::start(&parts).expect("workers start"), counters)
 }
 
 impl Drop for Node {

@@ -1,0 +1,80 @@
+//! The daemon behind the fanotify door dies, or is stopped, and is started again with the same
+//! arguments: mounted images go on, and nobody registers anything again.
+
+mod support;
+
+use std::path::{Path, PathBuf};
+
+use serde_json::json;
+use support::daemon::{Daemon, assert_same_tree, forget_pages};
+use support::registry::Registry;
+
+fn remembered(daemon: &Daemon) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(daemon.path("state/registered")).into_iter().flatten();
+    let files = entries.flatten().map(|entry| entry.path());
+    files.filter(|path| path.extension().is_some_and(|it| it == "json")).collect()
+}
+
+fn mounts(daemon: &Daemon) -> String {
+    let output = daemon.run(&["images"]);
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// Everything that is asked for from now on comes from the daemon that runs now.
+fn serves(place: &Path) {
+    forget_pages();
+    assert_same_tree(place);
+}
+
+#[test]
+fn mounted_images_go_on_after_a_crash_and_after_a_stop() {
+    let registry = Registry::with_images(&[]);
+    let mut daemon = Daemon::start(&[]);
+    let read = daemon.mount("lz4-1m", registry.address(), "read");
+    let unread = daemon.mount("zstd-64k", registry.address(), "unread");
+    assert_same_tree(&read);
+    assert_eq!(remembered(&daemon).len(), 2);
+
+    daemon.kill();
+    daemon.start_again();
+    daemon.wait_until("all has come back", |daemon| {
+        daemon.stat()["daemon"]["restored"] == json!({"images": 2, "skipped": 0})
+    });
+    serves(&read);
+    daemon.stop();
+    daemon.start_again();
+    serves(&unread);
+    assert!(daemon.count("fetched_bytes") > 0, "it was read for the first time");
+    let shown = mounts(&daemon);
+    assert!(shown.contains("unread") && shown.contains("/read"), "{shown}");
+
+    daemon.unmount(&read);
+    daemon.unmount(&unread);
+    assert!(remembered(&daemon).is_empty());
+    daemon.kill();
+    daemon.start_again();
+    assert_eq!(daemon.stat()["daemon"]["restored"], json!({"images": 0, "skipped": 0}));
+}
+
+#[test]
+fn what_was_unmounted_while_no_daemon_lived_is_forgotten() {
+    let registry = Registry::with_images(&[]);
+    let mut daemon = Daemon::start(&[]);
+    let place = daemon.mount("zstd-64k", registry.address(), "a");
+    let bound = daemon.mount("zstd-64k", registry.address(), "b");
+    let gone = daemon.mount("lz4-1m", registry.address(), "c");
+    daemon.kill();
+    for place in [&bound, &gone] {
+        nix::mount::umount2(place, nix::mount::MntFlags::empty()).expect("nobody uses it");
+    }
+    daemon.start_again();
+    daemon.wait_until("one image is left", |daemon| remembered(daemon).len() == 1);
+    serves(&place);
+    // Mounted nowhere any more, so it can be mounted as if for the first time.
+    let again = daemon.mount("lz4-1m", registry.address(), "c");
+    serves(&again);
+    for place in [&place, &again] {
+        daemon.unmount(place);
+    }
+    assert!(remembered(&daemon).is_empty());
+}
