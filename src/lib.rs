@@ -64,6 +64,7 @@
 //! * How the cores share the device is chosen with `tools/intake`; the README has the table.
 
 pub mod blob;
+pub mod build;
 pub mod cli;
 pub mod config;
 pub mod daemon;

@@ -9,6 +9,7 @@
 //!
 //! To add a parser: a function from bytes to an outcome, a test that calls `fuzz`, and seeds.
 
+use sluice::build::{Builder, Compression, Options};
 use sluice::daemon::api::route;
 use sluice::daemon::entry::Entry;
 use sluice::daemon::http::{Progress, parse as parse_request};
@@ -17,7 +18,7 @@ use sluice::image::layer::read_bootstrap;
 use sluice::image::manifest::{Document, Platform};
 use sluice::image::toc::{BOOTSTRAP_NAME, TAIL_BYTES, Tail};
 use sluice::image::{
-    Bootstrap, ChunkIndex, ContextTable, Decoder, KernelView, Layout, Segmentation,
+    BlobId, Bootstrap, ChunkIndex, ContextTable, Decoder, KernelView, Layout, Segmentation,
 };
 use sluice::registry::auth::{Challenge, parse_challenges, parse_token};
 use sluice::registry::config::Backend;
@@ -117,6 +118,72 @@ fn manifests() {
 #[test]
 fn layers() {
     fuzz("layer", Vec::new(), |input| read_bootstrap(input).map(drop));
+}
+
+/// Layers as they are built: whatever is accepted must be an image that we accept, whole.
+#[test]
+fn built_layers() {
+    let names = ["kinds", "long", "sparse", "whiteouts"];
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/corpus/tar");
+    let seeds = names.map(|name| std::fs::read(folder.join(name)).expect("a seed"));
+    let packed = seeds.clone().map(|seed| zstd::bulk::compress(&seed, 1).expect("memory"));
+    fuzz("tar", [seeds.to_vec(), packed.to_vec()].concat(), |input| {
+        let input = &with_checksums(input)[..];
+        let half = input.len() / 1024 * 512;
+        build(|builder| {
+            // The same as two layers, where it can be cut between blocks.
+            builder.add_tar(input, &|_| ())?;
+            builder.add_tar(&input[half..], &|_| ()).map(drop)
+        })
+        .or_else(|_| build(|builder| builder.add_tar(input, &|_| ()).map(drop)))
+    });
+}
+
+/// Puts the sums of headers right: mutations would end there otherwise.
+fn with_checksums(tar: &[u8]) -> Vec<u8> {
+    let mut tar = tar.to_vec();
+    for block in tar.chunks_exact_mut(512).filter(|block| block[257..262] == *b"ustar") {
+        block[148..156].fill(b' ');
+        let sum: u32 = block.iter().map(|&byte| u32::from(byte)).sum();
+        block[148..155].copy_from_slice(format!("{sum:06o}\0").as_bytes());
+    }
+    tar
+}
+
+/// gzip layers that stay as they are.
+#[test]
+fn indexed_layers() {
+    use std::io::Write;
+    let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    let tar = std::fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/corpus/tar/kinds"));
+    encoder.write_all(&tar.expect("a seed")).expect("memory");
+    let whole = encoder.finish().expect("memory");
+    fuzz("gzip", vec![whole.clone(), [whole.clone(), whole].concat()], |input| {
+        let id = BlobId::parse("layer").expect("a name");
+        build(|builder| builder.add_gzip_as_is(input, id, &|_| ()).map(drop))
+    });
+}
+
+/// Builds in memory-backed storage, and reads what was built.
+fn build(layers: impl FnOnce(&mut Builder) -> Result<()>) -> Result<()> {
+    let folder = tempfile::tempdir_in("/dev/shm").expect("a folder");
+    let options = Options {
+        compression: Compression::Lz4Block,
+        chunk_size: 4096,
+        threads: 1,
+        ..Options::default()
+    };
+    let mut builder = Builder::new(options, folder.path())?;
+    layers(&mut builder)?;
+    let image = builder.finish()?;
+    let bootstrap = Bootstrap::parse(image.bootstrap).expect("we accept what we build");
+    walk(&bootstrap).expect("a whole tree");
+    for record in bootstrap.blobs() {
+        if !Layout::needs_context(record) {
+            Layout::build(&bootstrap, record.index, None).expect("a right chunk table");
+        }
+    }
+    Ok(())
 }
 
 /// A response head and the body behind it, as a connection reads them.

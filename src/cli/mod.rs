@@ -6,6 +6,7 @@
 
 mod blobs;
 mod bootstraps;
+mod build;
 mod check;
 mod client;
 mod daemon;
@@ -26,6 +27,7 @@ mod stat;
 mod structure;
 mod system;
 mod umount;
+mod unpack;
 mod verify;
 
 pub use daemon::{cores_allowed, parse_cores};
@@ -94,6 +96,10 @@ enum Command {
     Inspect(inspect::Options),
     /// Verify an image's structure and the digest of every chunk.
     Check(check::Options),
+    /// Make an image out of a directory.
+    Build(build::Options),
+    /// Restore an image into a directory.
+    Unpack(unpack::Options),
     /// Find out what this machine lacks, and say what to do.
     Doctor(doctor::Options),
     /// Hold open files for a daemon; daemons start this by themselves.
@@ -146,6 +152,8 @@ fn dispatch(command: Command) -> Result<Verdict> {
         Command::Stat(options) => stat::run(&options, &mut out),
         Command::Inspect(options) => inspect::run(&options, &mut out),
         Command::Check(options) => check::run(&options, &mut out),
+        Command::Build(options) => build::run(&options, &mut out),
+        Command::Unpack(options) => unpack::run(&options, &mut out),
         Command::Doctor(options) => doctor::run(&options, &mut out),
         Command::Keeper(options) => keeper::run(&options),
         Command::Version => {

@@ -31,6 +31,17 @@ impl Progress {
         Progress { bar }
     }
 
+    /// A count of bytes for work whose end is not known.
+    pub fn counting(work: &'static str) -> Self {
+        let bar = ProgressBar::with_draw_target(None, target());
+        let style = ProgressStyle::with_template("{prefix} {bytes} {bytes_per_sec} {elapsed}");
+        if let Ok(style) = style {
+            bar.set_style(style);
+        }
+        bar.set_prefix(work);
+        Progress { bar }
+    }
+
     /// A sign that something is being waited for.
     pub fn waiting(text: String) -> Self {
         let bar = ProgressBar::with_draw_target(None, target());

@@ -49,8 +49,12 @@ pub struct Source {
 }
 
 impl Source {
-    /// A bootstrap's file, or the name of an image in a registry: what is there decides.
+    /// A bootstrap's file, a directory with one, or the name of an image in a registry: what is
+    /// there decides.
     pub fn of(image: &Path, place: &Place) -> Result<Source> {
+        if image.is_dir() {
+            return Source::built(image, place);
+        }
         if image.exists() {
             return Source::read(image, place);
         }
@@ -61,6 +65,15 @@ impl Source {
                 image.display()
             ))),
         }
+    }
+
+    /// What `sluice build` leaves: a directory with the bootstrap and, unless they are said to be
+    /// elsewhere, the blobs.
+    fn built(directory: &Path, place: &Place) -> Result<Source> {
+        let here = Place { blobs: Some(directory.to_owned()), ..Place::default() };
+        let elsewhere = place.blobs.is_some() || place.registry.is_some();
+        let file = directory.join(super::build::BOOTSTRAP_NAME);
+        Source::read(&file, if elsewhere { place } else { &here })
     }
 
     /// A bootstrap on disk whose blobs must be said to be somewhere.
@@ -157,7 +170,8 @@ fn with_blob_id(bytes: Vec<u8>, file: &Path) -> Vec<u8> {
     }
 }
 
-fn read_bootstrap(file: &Path) -> Result<Vec<u8>> {
+/// The bytes of a bootstrap file.
+pub fn read_bootstrap(file: &Path) -> Result<Vec<u8>> {
     let failed = |error: &std::io::Error| {
         Error::io(error, format!("cannot read the bootstrap {}", file.display()))
     };

@@ -4,6 +4,7 @@
 //! loop, retry, buffer or wait that has no name here has no business existing. Units stand last in
 //! each name.
 
+mod build;
 mod cli;
 mod control;
 mod door;
@@ -18,6 +19,7 @@ use std::path::PathBuf;
 
 use clap::ValueEnum;
 
+pub use build::*;
 pub use cli::*;
 pub use control::*;
 pub use door::*;

@@ -48,6 +48,8 @@ impl BlobFeatures {
     pub const HAS_TAR_HEADER: u32 = 0x1000_0000;
     /// The blob ends in a table of contents.
     pub const HAS_TOC: u32 = 0x2000_0000;
+    /// The builder is new enough to have written both of these.
+    pub const CAP_TAR_TOC: u32 = 0x4000_0000;
     const IN_MEMORY_ONLY: u32 = 0x8000_0000;
     /// The incompatible half, and of it what we serve. 0x200 and 0x400 (dictionary and prefetch
     /// blobs) say where chunks came from and change nothing for a reader.

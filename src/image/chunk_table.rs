@@ -25,6 +25,11 @@ impl ChunkFlags {
     const HAS_CRC32: u32 = 0x10;
     const KNOWN: u32 = 0x1d;
 
+    /// The flags of a chunk that is neither encrypted nor part of a batch.
+    pub fn stored(is_compressed: bool) -> Self {
+        ChunkFlags(if is_compressed { Self::COMPRESSED } else { 0 })
+    }
+
     /// The stored form is compressed.
     pub fn is_compressed(self) -> bool {
         self.0 & Self::COMPRESSED != 0

@@ -31,6 +31,16 @@ impl Compressor {
             _ => Err(unsupported!("compressor {number} (known: none, lz4_block, gzip, zstd)")),
         }
     }
+
+    /// The number that stands for it on disk.
+    pub(super) fn number(self) -> u32 {
+        match self {
+            Compressor::None => 0,
+            Compressor::Lz4Block => 1,
+            Compressor::Gzip => 2,
+            Compressor::Zstd => 3,
+        }
+    }
 }
 
 impl fmt::Display for Compressor {
@@ -173,12 +183,12 @@ impl fmt::Debug for Codec {
 }
 
 /// Checksum and length of the plain bytes.
-const GZIP_TRAILER_BYTES: usize = 8;
+pub const GZIP_TRAILER_BYTES: usize = 8;
 const GZIP_FIXED_BYTES: usize = 10;
 const GZIP_MAGIC: [u8; 3] = [0x1f, 0x8b, 8];
 
 /// The length of the gzip header at the start of `input` (RFC 1952, section 2.3).
-fn gzip_header_bytes(input: &[u8]) -> Result<usize> {
+pub fn gzip_header_bytes(input: &[u8]) -> Result<usize> {
     let fields = input.get(..GZIP_FIXED_BYTES).filter(|fixed| fixed.starts_with(&GZIP_MAGIC));
     let Some(fields) = fields else {
         return Err(malformed!("no gzip header where a member starts"));

@@ -75,6 +75,14 @@ impl DigestAlgorithm {
             _ => Err(unsupported!("digest algorithm {number} (known: 0 blake3, 1 sha256)")),
         }
     }
+
+    /// The number that stands for it on disk.
+    pub(super) fn number(self) -> u32 {
+        match self {
+            DigestAlgorithm::Blake3 => 0,
+            DigestAlgorithm::Sha256 => 1,
+        }
+    }
 }
 
 impl fmt::Display for DigestAlgorithm {

@@ -34,6 +34,11 @@ impl BlobId {
         Ok(BlobId(text.into()))
     }
 
+    /// The id of a blob with this SHA-256.
+    pub fn of_digest(digest: &super::digest::Digest) -> Self {
+        BlobId(digest.to_string().into())
+    }
+
     /// The id as text.
     pub fn as_str(&self) -> &str {
         &self.0

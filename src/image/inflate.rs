@@ -7,6 +7,7 @@
 
 #![allow(unsafe_code)]
 
+use crate::config::DEFLATE_DICTIONARY_MAX_BYTES;
 use crate::error::Result;
 use libz_rs_sys as z;
 use std::ffi::c_int;
@@ -74,6 +75,35 @@ impl Inflater {
 
     /// Inflates until the input is used up, the output is full or the stream ends.
     pub fn inflate(&mut self, input: &[u8], output: &mut [u8]) -> Result<Progress> {
+        self.step(input, output, z::Z_NO_FLUSH)
+    }
+
+    /// As `inflate`, and stops where a block of the stream begins. Answers there how many bits of
+    /// the last byte taken belong to that block, 0 to 7: inflating can be entered at this place.
+    pub fn inflate_block(
+        &mut self,
+        input: &[u8],
+        output: &mut [u8],
+    ) -> Result<(Progress, Option<u8>)> {
+        let progress = self.step(input, output, z::Z_BLOCK)?;
+        // 128: at the end of a block or header; 64: in the last block, behind which nothing comes.
+        let state = self.stream.data_type;
+        let at_block = state & 128 != 0 && state & 64 == 0 && !progress.ended;
+        Ok((progress, at_block.then_some((state & 7) as u8)))
+    }
+
+    /// Copies the window (the plain bytes before the current place, of this stream only) to the
+    /// front of `window` and answers its length.
+    pub fn window(&mut self, window: &mut [u8; DEFLATE_DICTIONARY_MAX_BYTES]) -> Result<usize> {
+        let mut length = 0;
+        // SAFETY: as in `restart`; the window is at most 32 KiB long, the format's largest, and
+        // that is what the pointer has room for.
+        let code =
+            unsafe { z::inflateGetDictionary(&*self.stream, window.as_mut_ptr(), &mut length) };
+        outcome(code).map(|()| length as usize)
+    }
+
+    fn step(&mut self, input: &[u8], output: &mut [u8], flush: c_int) -> Result<Progress> {
         let (input_length, output_length) = (length_u32(input.len())?, length_u32(output.len())?);
         let stream = &mut *self.stream;
         stream.next_in = input.as_ptr().cast_mut();
@@ -82,7 +112,7 @@ impl Inflater {
         stream.avail_out = output_length;
         // SAFETY: the stream is initialised; next_in/avail_in and next_out/avail_out describe two
         // live slices that do not overlap (one is borrowed mutably). The input is only read.
-        let code = unsafe { z::inflate(stream, z::Z_NO_FLUSH) };
+        let code = unsafe { z::inflate(stream, flush) };
         let progress = Progress {
             consumed: (input_length - stream.avail_in) as usize,
             produced: (output_length - stream.avail_out) as usize,

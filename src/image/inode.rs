@@ -50,6 +50,33 @@ impl FileKind {
             _ => Err(malformed!("a directory entry of file type {number}")),
         }
     }
+
+    /// The type bits of a mode.
+    pub fn mode_bits(self) -> u16 {
+        let bits = match self {
+            FileKind::Pipe => 0o1,
+            FileKind::CharacterDevice => 0o2,
+            FileKind::Directory => 0o4,
+            FileKind::BlockDevice => 0o6,
+            FileKind::File => 0o10,
+            FileKind::Link => 0o12,
+            FileKind::Socket => 0o14,
+        };
+        bits << 12
+    }
+
+    /// The file type of a directory entry.
+    pub(super) fn dirent_number(self) -> u8 {
+        match self {
+            FileKind::File => 1,
+            FileKind::Directory => 2,
+            FileKind::CharacterDevice => 3,
+            FileKind::BlockDevice => 4,
+            FileKind::Pipe => 5,
+            FileKind::Socket => 6,
+            FileKind::Link => 7,
+        }
+    }
 }
 
 impl fmt::Display for FileKind {

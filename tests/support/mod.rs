@@ -4,6 +4,7 @@
 
 pub mod daemon;
 pub mod http;
+pub mod image;
 pub mod kernel;
 pub mod listener;
 pub mod node;

@@ -1,0 +1,49 @@
+//! Making images: layers in, blobs and a bootstrap out.
+//!
+//! ```text
+//! tar, directory -> Entry -> Tree (names, whiteouts, links)  ----------+-> bootstrap
+//!       file data -> Feeder -> workers (digest, compress) -> Scribe ---+-> one blob per layer
+//! ```
+//! [`Builder`] is the door: add layers from the lowest to the highest, then finish. Layers are
+//! streamed: memory does not depend on their sizes, only on how many files and chunks there are.
+//! The same layers and options give the same bytes on any machine with any number of threads.
+//!
+//! Reads what it is handed (a stream, a directory) and writes only into its output directory.
+//! Whatever a layer says, nothing outside that directory is touched. Knows no registry.
+
+macro_rules! malformed {
+    ($($text:tt)*) => { $crate::error::Error::Malformed(format!($($text)*)) };
+}
+
+macro_rules! unsupported {
+    ($($text:tt)*) => { $crate::error::Error::Unsupported(format!($($text)*)) };
+}
+
+pub mod builder;
+pub mod options;
+pub mod tree;
+pub mod unpack;
+
+mod bootstrap;
+mod chunks;
+mod compress;
+mod directory;
+mod entry;
+mod feeder;
+mod gzip_index;
+mod numbering;
+mod pax;
+mod pipeline;
+mod scribe;
+mod stream;
+mod tar;
+mod tar_header;
+#[cfg(test)]
+mod tar_tests;
+mod target;
+#[cfg(test)]
+mod tree_tests;
+mod zran;
+
+pub use builder::{Blob, BlobRole, Builder, Image, LayerReport, Report};
+pub use options::{Compression, Options, Progress};

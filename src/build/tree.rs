@@ -1,0 +1,389 @@
+//! The tree of names that layers make, applied one on the other.
+//!
+//! Owns who is whose child, and what a new entry does to what is there, as containerd and umoci
+//! unpack layers one after the other as root:
+//! - symbolic links in the middle of a path are followed, never out of the root;
+//! - a directory over a directory replaces its attributes only; anything else replaces what is
+//!   there, with everything below it;
+//! - a whiteout takes away what lower layers had there, and nothing of its own layer, wherever in
+//!   the layer it stands; an opaque mark does so for everything in a directory.
+//!
+//! Purely in memory: hostile paths meet no file system. After every `apply` the tree is one the
+//! format can hold: names have 1 to 255 bytes, paths at most `PATH_MAX_BYTES`.
+
+use super::entry::{Attributes, Entry, FileData, check_link_target, clean};
+use crate::config::{BUILD_INODES_MAX, FILE_NAME_MAX_BYTES, LINKS_FOLLOWED_MAX, PATH_MAX_BYTES};
+use crate::error::{Error, Result};
+use crate::image::FileKind;
+use std::collections::{BTreeMap, VecDeque};
+
+/// Names of whiteouts start with this; the rest is what they take away.
+const WHITEOUT: &[u8] = b".wh.";
+/// The mark that makes the directory it is in opaque.
+const OPAQUE: &[u8] = b".wh..wh..opq";
+/// Bookkeeping of aufs at the root of a layer, except the opaque mark: no part of the image.
+const AUFS: &[u8] = b".wh..wh.";
+
+/// The position of an inode in the tree.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct InodeId(pub(super) u32);
+
+/// A file of any kind, without its names.
+#[derive(Clone, Debug)]
+pub struct Node {
+    /// Owner, permissions, time, extended attributes.
+    pub(super) attributes: Attributes,
+    /// What it is and has.
+    pub(super) content: Content,
+}
+
+/// What an inode is and has.
+#[derive(Clone, Debug)]
+pub(super) enum Content {
+    Directory(BTreeMap<Box<[u8]>, Child>),
+    File(FileData),
+    Link(Box<[u8]>),
+    Device(FileKind, u32, u32),
+    Special(FileKind),
+}
+
+/// A name in a directory.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Child {
+    pub(super) inode: InodeId,
+    /// The last layer that put something here or below.
+    layer: u32,
+}
+
+/// The names and inodes of an image in the making.
+#[derive(Debug)]
+pub struct Tree {
+    nodes: Vec<Node>,
+    /// The layer being applied, counted from 1.
+    layer: u32,
+}
+
+/// A directory reached on the way along a path.
+#[derive(Clone, Copy)]
+struct Step {
+    directory: InodeId,
+    /// Bytes of the path to it.
+    path_bytes: usize,
+}
+
+impl Tree {
+    /// The root, and nothing else.
+    pub const ROOT: InodeId = InodeId(0);
+
+    /// An empty root directory.
+    pub fn new() -> Self {
+        let content = Content::Directory(BTreeMap::new());
+        Tree { nodes: vec![Node { attributes: Attributes::unknown(), content }], layer: 0 }
+    }
+
+    /// What is applied from now on belongs to the next layer.
+    pub fn begin_layer(&mut self) {
+        self.layer += 1;
+    }
+
+    /// One inode.
+    pub(super) fn node(&self, inode: InodeId) -> &Node {
+        &self.nodes[inode.0 as usize]
+    }
+
+    /// Inodes made so far, those no name leads to included.
+    pub(super) fn inode_count(&self) -> usize {
+        self.nodes.len()
+    }
+
+    /// The inode at a path whose last component is not followed.
+    pub(super) fn find(&mut self, path: &[u8]) -> Result<Option<InodeId>> {
+        let components = clean(path)?;
+        let Some((name, parents)) = components.split_last() else { return Ok(Some(Self::ROOT)) };
+        let Some(parent) = self.walk(parents, false)? else { return Ok(None) };
+        let children = self.children(parent.directory);
+        Ok(children.and_then(|children| children.get(*name)).map(|child| child.inode))
+    }
+
+    /// Applies what a layer says of a path, whiteouts included.
+    ///
+    /// # Errors
+    /// `Malformed` names the path and says why no runtime could unpack this; the tree is as it was,
+    /// but for directories on the way.
+    pub fn apply(&mut self, path: &[u8], entry: Entry) -> Result<()> {
+        match self.apply_whiteout(path) {
+            Ok(false) => self.put(path, entry),
+            Ok(true) => Ok(()),
+            Err(error) => Err(named(error, path)),
+        }
+    }
+
+    /// Puts a file at a path, whatever its name.
+    ///
+    /// # Errors
+    /// As `apply`.
+    pub fn put(&mut self, path: &[u8], entry: Entry) -> Result<()> {
+        self.put_cleaned(path, entry).map_err(|error| named(error, path))
+    }
+
+    /// False if the path is none of a whiteout.
+    fn apply_whiteout(&mut self, path: &[u8]) -> Result<bool> {
+        let components = clean(path)?;
+        let Some((&name, parents)) = components.split_last() else { return Ok(false) };
+        if name == OPAQUE {
+            self.white_out(parents, None)?;
+        } else if components[0].starts_with(AUFS) {
+            return Ok(true);
+        } else if let Some(gone) = name.strip_prefix(WHITEOUT) {
+            if matches!(gone, b"" | b"." | b"..") {
+                return Err(malformed!("a whiteout of nothing"));
+            }
+            self.white_out(parents, Some(gone))?;
+        } else {
+            return Ok(false);
+        }
+        Ok(true)
+    }
+
+    fn put_cleaned(&mut self, path: &[u8], entry: Entry) -> Result<()> {
+        let components = clean(path)?;
+        let Some((&name, parents)) = components.split_last() else {
+            return self.apply_root(entry);
+        };
+        // What a hard link leads to is looked up before anything is taken away for it.
+        let linked = match &entry {
+            Entry::HardLink(target) => Some(self.link_target(target)?),
+            _ => None,
+        };
+        let parent = self.walk(parents, true)?;
+        let parent = parent.expect("invariant: what is missing on the way has been made");
+        check_name(name, parent.path_bytes)?;
+        self.place(parent.directory, name, entry, linked)
+    }
+
+    fn apply_root(&mut self, entry: Entry) -> Result<()> {
+        match entry {
+            Entry::Directory(attributes) => {
+                self.nodes[0].attributes = attributes;
+                Ok(())
+            }
+            _ => Err(malformed!("the root is to become something else than a directory")),
+        }
+    }
+
+    fn place(
+        &mut self,
+        parent: InodeId,
+        name: &[u8],
+        entry: Entry,
+        linked: Option<InodeId>,
+    ) -> Result<()> {
+        let present = self.children(parent).and_then(|children| children.get(name)).copied();
+        let (attributes, content) = match entry {
+            Entry::Directory(attributes) => {
+                if let Some(child) = present
+                    && self.children(child.inode).is_some()
+                {
+                    self.nodes[child.inode.0 as usize].attributes = attributes;
+                    self.touch(parent, name);
+                    return Ok(());
+                }
+                (attributes, Content::Directory(BTreeMap::new()))
+            }
+            Entry::File(attributes, data) => (attributes, Content::File(data)),
+            Entry::Link(attributes, target) => {
+                check_link_target(&target)?;
+                // Whatever an archiver wrote, Linux has no other mode for links.
+                (Attributes { permissions: 0o777, ..attributes }, Content::Link(target.into()))
+            }
+            Entry::Device(attributes, kind, major, minor) => {
+                check_device(major, minor)?;
+                (attributes, Content::Device(kind, major, minor))
+            }
+            Entry::Special(attributes, kind) => (attributes, Content::Special(kind)),
+            Entry::HardLink(_) => {
+                let inode = linked.expect("invariant: a hard link's target was looked up");
+                if present.is_some_and(|child| child.inode == inode) {
+                    return Err(malformed!("a hard link to itself"));
+                }
+                self.insert(parent, name, inode);
+                return Ok(());
+            }
+        };
+        let inode = self.add(attributes, content)?;
+        self.insert(parent, name, inode);
+        Ok(())
+    }
+
+    fn add(&mut self, attributes: Attributes, content: Content) -> Result<InodeId> {
+        if self.nodes.len() >= BUILD_INODES_MAX {
+            return Err(unsupported!("more than {BUILD_INODES_MAX} files"));
+        }
+        self.nodes.push(Node { attributes, content });
+        Ok(InodeId(self.nodes.len() as u32 - 1))
+    }
+
+    fn insert(&mut self, parent: InodeId, name: &[u8], inode: InodeId) {
+        let child = Child { inode, layer: self.layer };
+        if let Content::Directory(children) = &mut self.nodes[parent.0 as usize].content {
+            children.insert(name.into(), child);
+        }
+    }
+
+    /// The names in a directory; `None` for what is no directory.
+    pub(super) fn children(&self, inode: InodeId) -> Option<&BTreeMap<Box<[u8]>, Child>> {
+        match &self.node(inode).content {
+            Content::Directory(children) => Some(children),
+            _ => None,
+        }
+    }
+
+    /// Remembers that this layer has something at a name or below it.
+    fn touch(&mut self, parent: InodeId, name: &[u8]) {
+        let layer = self.layer;
+        if let Content::Directory(children) = &mut self.nodes[parent.0 as usize].content
+            && let Some(child) = children.get_mut(name)
+        {
+            child.layer = layer;
+        }
+    }
+
+    /// Takes away what lower layers have under a name, or under all names of the directory.
+    fn white_out(&mut self, parents: &[&[u8]], name: Option<&[u8]>) -> Result<()> {
+        let Some(parent) = self.walk(parents, false)? else { return Ok(()) };
+        let names: Vec<Box<[u8]>> = match (name, self.children(parent.directory)) {
+            (Some(name), _) => vec![name.into()],
+            (None, Some(children)) => children.keys().cloned().collect(),
+            (None, None) => Vec::new(),
+        };
+        // What this layer put here stays, without what lower layers have below it.
+        let mut pending: Vec<(InodeId, Box<[u8]>)> =
+            names.into_iter().map(|name| (parent.directory, name)).collect();
+        while let Some((directory, name)) = pending.pop() {
+            let layer = self.layer;
+            let Content::Directory(children) = &mut self.nodes[directory.0 as usize].content else {
+                continue;
+            };
+            let Some(child) = children.get(&name).copied() else { continue };
+            if child.layer != layer {
+                children.remove(&name);
+            } else if let Some(below) = self.children(child.inode) {
+                pending.extend(below.keys().map(|name| (child.inode, name.clone())));
+            }
+        }
+        Ok(())
+    }
+
+    /// The inode a hard link leads to. Its last component is not followed.
+    fn link_target(&mut self, target: &[u8]) -> Result<InodeId> {
+        let shown = String::from_utf8_lossy(target);
+        let nothing = || malformed!("a hard link to {shown:?}, which is not there");
+        let inode = self.find(target)?.ok_or_else(nothing)?;
+        match self.children(inode) {
+            Some(_) => Err(malformed!("a hard link to {shown:?}, which is a directory")),
+            None => Ok(inode),
+        }
+    }
+
+    /// Goes along a path to a directory, following links as if the root were that of the system.
+    /// What is missing is made (and what is passed counts as touched) if `make`; otherwise a
+    /// missing name is `None`.
+    fn walk(&mut self, components: &[&[u8]], make: bool) -> Result<Option<Step>> {
+        let mut way = vec![Step { directory: Self::ROOT, path_bytes: 0 }];
+        let mut rest: VecDeque<Box<[u8]>> = components.iter().map(|&name| name.into()).collect();
+        let mut followed = 0;
+        while let Some(name) = rest.pop_front() {
+            let here = way[way.len() - 1];
+            match &name[..] {
+                b"" | b"." => continue,
+                b".." => {
+                    way.truncate((way.len() - 1).max(1));
+                    continue;
+                }
+                _ => {}
+            }
+            let child = self.children(here.directory).and_then(|children| children.get(&name));
+            let inode = match child.map(|child| child.inode) {
+                Some(inode) => inode,
+                None if make => self.make_directory(here, &name)?,
+                None => return Ok(None),
+            };
+            match &self.node(inode).content {
+                Content::Directory(_) => {
+                    let path_bytes = here.path_bytes + name.len() + 1;
+                    way.push(Step { directory: inode, path_bytes });
+                }
+                Content::Link(target) => {
+                    followed += 1;
+                    if followed > LINKS_FOLLOWED_MAX {
+                        return Err(malformed!("more than {LINKS_FOLLOWED_MAX} symbolic links"));
+                    }
+                    if target.starts_with(b"/") {
+                        way.truncate(1);
+                    }
+                    for part in target.split(|&byte| byte == b'/').rev() {
+                        rest.push_front(part.into());
+                    }
+                }
+                _ if !make => return Ok(None),
+                _ => {
+                    let name = String::from_utf8_lossy(&name);
+                    return Err(malformed!("{name:?} on the way is not a directory"));
+                }
+            }
+            if make {
+                self.touch(here.directory, &name);
+            }
+        }
+        Ok(way.pop())
+    }
+
+    fn make_directory(&mut self, parent: Step, name: &[u8]) -> Result<InodeId> {
+        check_name(name, parent.path_bytes)?;
+        let content = Content::Directory(BTreeMap::new());
+        let inode = self.add(Attributes::unknown(), content)?;
+        self.insert(parent.directory, name, inode);
+        Ok(inode)
+    }
+}
+
+impl Node {
+    /// What kind of file it is.
+    pub(super) fn kind(&self) -> FileKind {
+        match self.content {
+            Content::Directory(_) => FileKind::Directory,
+            Content::File(_) => FileKind::File,
+            Content::Link(_) => FileKind::Link,
+            Content::Device(kind, ..) | Content::Special(kind) => kind,
+        }
+    }
+}
+
+impl Default for Tree {
+    fn default() -> Self {
+        Tree::new()
+    }
+}
+
+fn named(error: Error, path: &[u8]) -> Error {
+    error.context(format!("{:?}", String::from_utf8_lossy(path)))
+}
+
+/// Links in the middle of paths can make the real path longer than the one that was given.
+fn check_name(name: &[u8], parent_bytes: usize) -> Result<()> {
+    if name.len() > FILE_NAME_MAX_BYTES {
+        return Err(malformed!("a name of {} bytes, {FILE_NAME_MAX_BYTES} at most", name.len()));
+    }
+    if parent_bytes + name.len() > PATH_MAX_BYTES {
+        return Err(malformed!("its path has more than {PATH_MAX_BYTES} bytes"));
+    }
+    Ok(())
+}
+
+/// EROFS has 12 bits for the major and 20 for the minor number.
+fn check_device(major: u32, minor: u32) -> Result<()> {
+    match major < 1 << 12 && minor < 1 << 20 {
+        true => Ok(()),
+        false => Err(malformed!("device {major}:{minor} is out of range")),
+    }
+}

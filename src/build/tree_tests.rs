@@ -1,0 +1,135 @@
+//! What a tree refuses, and what whiteouts leave: the cases that other tools do not agree on or
+//! cannot be asked about. The rest is in tests/layers.rs, against those tools.
+
+use super::entry::{Attributes, Entry, FileData};
+use super::tree::{Content, Tree};
+use crate::error::Error;
+use crate::image::FileKind;
+
+fn file() -> Entry {
+    Entry::File(Attributes::unknown(), FileData::default())
+}
+
+fn directory() -> Entry {
+    Entry::Directory(Attributes::unknown())
+}
+
+fn link(target: &str) -> Entry {
+    Entry::Link(Attributes::unknown(), target.into())
+}
+
+fn hard(target: &str) -> Entry {
+    Entry::HardLink(target.into())
+}
+
+fn tree_of(entries: &[(&str, Entry)]) -> Tree {
+    let mut tree = Tree::new();
+    tree.begin_layer();
+    for (path, entry) in entries {
+        tree.apply(path.as_bytes(), entry.clone()).unwrap();
+    }
+    tree
+}
+
+/// All paths, directories with a slash behind.
+fn paths(tree: &Tree) -> Vec<String> {
+    let mut found = Vec::new();
+    let mut pending = vec![(String::new(), Tree::ROOT)];
+    while let Some((path, inode)) = pending.pop() {
+        let Content::Directory(children) = &tree.node(inode).content else {
+            found.push(path);
+            continue;
+        };
+        for (name, child) in children {
+            pending.push((format!("{path}/{}", String::from_utf8_lossy(name)), child.inode));
+        }
+        found.push(path + "/");
+    }
+    found.sort();
+    found
+}
+
+#[test]
+fn what_no_runtime_could_unpack_is_refused_by_name() {
+    let long = "x".repeat(256);
+    let deep = "d/".repeat(2000) + &"y".repeat(200);
+    let cases: Vec<(&str, Entry, &str)> = vec![
+        ("a", hard("nothing"), "not there"),
+        ("a", hard("file/below"), "not there"),
+        ("a", hard("dir"), "a directory"),
+        ("a", hard(""), "a directory"),
+        ("file", hard("file"), "itself"),
+        ("file", hard("./dir/../file"), "itself"),
+        ("file/below", file(), "not a directory"),
+        ("loop/below", file(), "symbolic links"),
+        ("a", hard("loop/x"), "symbolic links"),
+        ("", file(), "the root"),
+        ("dir/..", link("x"), "the root"),
+        (".wh.", file(), "whiteout of nothing"),
+        ("dir/.wh..", file(), "whiteout of nothing"),
+        ("dir/.wh...", file(), "whiteout of nothing"),
+        (&long, file(), "a name of 256 bytes"),
+        (&deep, file(), "a path of 4200 bytes"),
+        ("far/far2/z", file(), "more than 4096 bytes"),
+        ("a\0b", file(), "NUL"),
+        ("a", link(""), "target of 0 bytes"),
+        ("a", link(&"t".repeat(4096)), "target of 4096 bytes"),
+        ("a", Entry::Device(Attributes::unknown(), FileKind::BlockDevice, 4096, 0), "range"),
+        ("a", Entry::Device(Attributes::unknown(), FileKind::BlockDevice, 0, 1 << 20), "range"),
+    ];
+    // Two links that make paths longer than they look.
+    let half = "h/".repeat(1200);
+    let mut tree = tree_of(&[
+        ("file", file()),
+        ("dir", directory()),
+        ("loop", link("loop")),
+        (&half, directory()),
+        ("far", link(&half)),
+        (&format!("{half}far2"), link(&"i/".repeat(1200))),
+    ]);
+    let before = paths(&tree).len();
+    for (path, entry, why) in cases {
+        let error = tree.apply(path.as_bytes(), entry).expect_err(path);
+        assert!(matches!(error, Error::Malformed(_)), "{error:?}");
+        assert!(error.to_string().contains(why), "{path:?}: {error}");
+    }
+    tree.apply(b"dir/new", hard("file")).expect("it is still of use");
+    // The new name; and directories on the way to a path that turned out too long.
+    assert!(paths(&tree).len() > before);
+    assert!(paths(&tree).iter().all(|path| path.len() <= 4098));
+}
+
+#[test]
+fn whiteouts_spare_their_own_layer_and_ignore_what_is_not_there() {
+    let mut tree = tree_of(&[("a/low", file()), ("b", file()), ("c", file())]);
+    tree.begin_layer();
+    for path in ["a/high", ".wh.a", "b", ".wh.b", ".wh.c", "no/.wh.where", ".wh..wh.x"] {
+        tree.apply(path.as_bytes(), file()).unwrap();
+    }
+    assert_eq!(paths(&tree), ["/", "/a/", "/a/high", "/b"]);
+}
+
+#[test]
+fn another_name_does_not_shield_the_first_from_a_whiteout() {
+    let mut tree = tree_of(&[("a", file())]);
+    tree.begin_layer();
+    tree.apply(b"b", hard("a")).unwrap();
+    tree.apply(b".wh.a", file()).unwrap();
+    assert_eq!(paths(&tree), ["/", "/b"]);
+}
+
+#[test]
+fn names_of_a_directory_on_the_host_are_no_whiteouts() {
+    let mut tree = Tree::new();
+    tree.begin_layer();
+    for path in [".wh.a", ".wh..wh..opq", "d/.wh."] {
+        tree.put(path.as_bytes(), file()).unwrap();
+    }
+    assert_eq!(paths(&tree), ["/", "/.wh..wh..opq", "/.wh.a", "/d/", "/d/.wh."]);
+}
+
+#[test]
+fn bookkeeping_of_aufs_is_no_part_of_an_image() {
+    let tree = tree_of(&[(".wh..wh.plnk/1.2", file()), (".wh..wh.aufs", file()), ("a", file())]);
+    assert_eq!(paths(&tree), ["/", "/a"]);
+}
