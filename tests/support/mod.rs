@@ -3,6 +3,7 @@
 #![allow(dead_code, missing_docs)]
 
 pub mod daemon;
+pub mod distribution;
 pub mod http;
 pub mod image;
 pub mod kernel;
