@@ -19,8 +19,12 @@ macro_rules! unsupported {
     ($($text:tt)*) => { $crate::error::Error::Unsupported(format!($($text)*)) };
 }
 
+pub mod bootstrap_layer;
 pub mod builder;
+pub mod documents;
+pub mod image_config;
 pub mod options;
+pub mod place;
 pub mod tree;
 pub mod unpack;
 

@@ -18,3 +18,9 @@ pub const UPLOAD_TIMEOUT_FACTOR: u64 = 12;
 pub const COMPLAINT_CHARS_MAX: usize = 256;
 /// Times a download goes on after a failure when no new byte comes.
 pub const DOWNLOAD_TRIES_MAX: u32 = 5;
+/// Layers of an image that is converted; Docker's own limit is 127.
+pub const LAYERS_MAX: usize = 250;
+/// Lines of history of such an image.
+pub const HISTORY_MAX: usize = 4096;
+/// Images that may refer to one other, as far as we keep the list.
+pub const REFERRERS_MAX: usize = 1000;

@@ -7,7 +7,7 @@ use super::digest::{Digest, DigestAlgorithm};
 use super::identity::BlobId;
 use crate::config::MANIFEST_MAX_BYTES;
 use crate::error::{Error, Result};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
 /// Media types a client must say it accepts to be given what this file parses.
@@ -16,9 +16,12 @@ pub const ACCEPT: &str = "application/vnd.oci.image.manifest.v1+json, \
      application/vnd.docker.distribution.manifest.v2+json, \
      application/vnd.docker.distribution.manifest.list.v2+json";
 
-const BOOTSTRAP_ANNOTATION: &str = "containerd.io/snapshot/nydus-bootstrap";
-const BLOB_ANNOTATION: &str = "containerd.io/snapshot/nydus-blob";
-const BLOB_MEDIA_TYPE: &str = "application/vnd.oci.image.layer.nydus.blob.v1";
+/// `true` on the layer that has the bootstrap.
+pub const BOOTSTRAP_ANNOTATION: &str = "containerd.io/snapshot/nydus-bootstrap";
+/// `true` on a data blob.
+pub const BLOB_ANNOTATION: &str = "containerd.io/snapshot/nydus-blob";
+/// The type of a data blob that is nothing else.
+pub const BLOB_MEDIA_TYPE: &str = "application/vnd.oci.image.layer.nydus.blob.v1";
 /// How an index marks the lazily loadable one of two manifests for a platform.
 const NYDUS_FEATURE: &str = "nydus.remoteimage.v1";
 
@@ -36,6 +39,9 @@ pub enum Document {
 pub struct Index {
     /// One for each platform, at least.
     pub manifests: Vec<Descriptor>,
+    /// What is said of it.
+    #[serde(default, deserialize_with = "or_default")]
+    pub annotations: BTreeMap<String, String>,
 }
 
 /// One image.
@@ -45,38 +51,54 @@ pub struct Manifest {
     pub config: Descriptor,
     /// Its layers, lowest first.
     pub layers: Vec<Descriptor>,
+    /// What is said of it.
+    #[serde(default, deserialize_with = "or_default")]
+    pub annotations: BTreeMap<String, String>,
 }
 
 /// A reference to content in the same repository.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Descriptor {
     /// What the content is.
     #[serde(default)]
     pub media_type: String,
     /// Its SHA-256.
-    #[serde(deserialize_with = "sha256")]
+    #[serde(deserialize_with = "sha256", serialize_with = "sha256_text")]
     pub digest: Digest,
     /// Its length in bytes.
     pub size: u64,
+    /// What kind of artifact it is, when it is no image.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub artifact_type: Option<String>,
     /// Whom it is for.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub platform: Option<Platform>,
     /// Everything else that is said of it.
-    #[serde(default, deserialize_with = "or_default")]
+    #[serde(default, deserialize_with = "or_default", skip_serializing_if = "BTreeMap::is_empty")]
     pub annotations: BTreeMap<String, String>,
 }
 
 /// A kind of machine.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 pub struct Platform {
     /// As Go names it: `amd64`, `arm64`.
     pub architecture: String,
     /// As Go names it: `linux`.
     pub os: String,
     /// A finer kind of architecture, such as `v8`.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub variant: Option<String>,
+    /// A version of the system it needs.
+    #[serde(rename = "os.version", default, skip_serializing_if = "Option::is_none")]
+    pub os_version: Option<String>,
     /// Features a client must have.
-    #[serde(rename = "os.features", default, deserialize_with = "or_default")]
+    #[serde(
+        rename = "os.features",
+        default,
+        deserialize_with = "or_default",
+        skip_serializing_if = "Vec::is_empty"
+    )]
     pub os_features: Vec<String>,
 }
 
@@ -103,6 +125,8 @@ impl Document {
             manifests: Option<Vec<Descriptor>>,
             config: Option<Descriptor>,
             layers: Option<Vec<Descriptor>>,
+            #[serde(default, deserialize_with = "or_default")]
+            annotations: BTreeMap<String, String>,
         }
         if bytes.len() > MANIFEST_MAX_BYTES {
             return Err(unsupported!("a manifest of {} bytes", bytes.len()));
@@ -112,10 +136,11 @@ impl Document {
         if either.schema_version != 2 {
             return Err(unsupported!("a manifest of schema {}", either.schema_version));
         }
+        let annotations = either.annotations;
         match (either.manifests, either.config, either.layers) {
-            (Some(manifests), None, None) => Ok(Document::Index(Index { manifests })),
+            (Some(manifests), None, None) => Ok(Document::Index(Index { manifests, annotations })),
             (None, Some(config), Some(layers)) => {
-                Ok(Document::Manifest(Manifest { config, layers }))
+                Ok(Document::Manifest(Manifest { config, layers, annotations }))
             }
             _ => Err(malformed!("a manifest has config and layers, an index has manifests")),
         }
@@ -157,7 +182,7 @@ impl Platform {
             architecture: architecture.into(),
             os: "linux".into(),
             variant,
-            os_features: Vec::new(),
+            ..Platform::default()
         }
     }
 }
@@ -208,6 +233,13 @@ fn sha256<'de, D: serde::Deserializer<'de>>(field: D) -> std::result::Result<Dig
         .strip_prefix("sha256:")
         .ok_or_else(|| serde::de::Error::custom("only sha256 digests are supported"))?;
     Digest::parse(digits).map_err(serde::de::Error::custom)
+}
+
+fn sha256_text<S: serde::Serializer>(
+    digest: &Digest,
+    serializer: S,
+) -> std::result::Result<S::Ok, S::Error> {
+    serializer.collect_str(&format_args!("sha256:{digest}"))
 }
 
 /// Some writers say `null` where there is nothing.
@@ -304,6 +336,16 @@ mod tests {
         }
         let large = vec![b' '; MANIFEST_MAX_BYTES + 1];
         assert!(matches!(Document::parse(&large), Err(Error::Unsupported(_))));
+    }
+
+    #[test]
+    fn a_descriptor_is_written_as_it_is_read() {
+        let platform = r#""platform":{"architecture":"arm","os":"linux","variant":"v7"}"#;
+        let text = descriptor(7, &format!(r#",{platform},"annotations":{{"a":"b"}}"#));
+        let read: Descriptor = serde_json::from_str(&text).unwrap();
+        let written = serde_json::to_string(&read).unwrap();
+        assert_eq!(serde_json::from_str::<Descriptor>(&written).unwrap(), read);
+        assert!(written.contains(platform) && !written.contains("null"), "{written}");
     }
 
     #[test]
