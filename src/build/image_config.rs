@@ -26,8 +26,33 @@ pub struct ImageConfig {
 pub struct NewLayer {
     /// `sha256:...` of its uncompressed form.
     pub diff_id: String,
-    /// The number of the source layer it stands for; none for one that stands for the whole.
-    pub source: Option<usize>,
+    /// What it stands for.
+    pub origin: Origin,
+}
+
+/// What a new layer stands for; layers stand in this order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Origin {
+    /// Chunks that another image has.
+    Foreign,
+    /// A layer of the source, by its number.
+    Layer(usize),
+    /// Where in such a layer, which stays as it is, everything is.
+    Index(usize),
+    /// All of them together.
+    Bootstrap,
+}
+
+impl Origin {
+    fn line(self) -> Value {
+        let comment = match self {
+            Origin::Foreign => "chunks of another image",
+            Origin::Layer(_) => "layer",
+            Origin::Index(_) => "index of a layer",
+            Origin::Bootstrap => "bootstrap",
+        };
+        json!({ "created_by": "sluice convert", "comment": comment })
+    }
 }
 
 impl ImageConfig {
@@ -103,33 +128,27 @@ impl ImageConfig {
         let is_empty = |line: &Value| line.get("empty_layer") == Some(&Value::Bool(true));
         let told = self.history.iter().filter(|line| !is_empty(line)).count();
         let speaks_of_all = told == self.diff_ids.len();
-        let mut stands = vec![false; self.diff_ids.len()];
-        let mut history = Vec::new();
+        let has = |origin: Origin| layers.iter().any(|layer| layer.origin == origin);
+        let of = |wanted: fn(&Origin) -> bool| {
+            layers.iter().map(|layer| layer.origin).filter(wanted).map(Origin::line)
+        };
+        let mut history: Vec<Value> = of(|origin| *origin == Origin::Foreign).collect();
         let mut number = 0;
         for line in &self.history {
             let mut line = line.clone();
             if !is_empty(&line) {
-                let source = Some(number).filter(|_| speaks_of_all);
-                let is_kept = source.is_some() && layers.iter().any(|l| l.source == source);
-                match (is_kept, line.as_object_mut()) {
-                    (true, _) => stands[number] = true,
-                    (false, Some(line)) => {
-                        line.insert("empty_layer".into(), Value::Bool(true));
-                    }
-                    (false, None) => {}
+                let is_kept = speaks_of_all && has(Origin::Layer(number));
+                if let (false, Some(line)) = (is_kept, line.as_object_mut()) {
+                    line.insert("empty_layer".into(), Value::Bool(true));
                 }
                 number += 1;
             }
             history.push(line);
         }
-        let is_told = |layer: &NewLayer| {
-            layer.source.is_some_and(|source| stands.get(source).copied().unwrap_or(false))
-        };
-        let untold = layers.iter().filter(|layer| !is_told(layer));
-        history.extend(untold.map(|layer| match layer.source {
-            Some(_) => json!({ "created_by": "sluice convert", "comment": "layer" }),
-            None => json!({ "created_by": "sluice convert", "comment": "bootstrap" }),
-        }));
+        if !speaks_of_all {
+            history.extend(of(|origin| matches!(origin, Origin::Layer(_))));
+        }
+        history.extend(of(|origin| *origin > Origin::Layer(usize::MAX)));
         history
     }
 }
@@ -140,7 +159,7 @@ mod tests {
 
     fn config(history: Value) -> ImageConfig {
         let text = json!({
-            "architecture": "arm", "os": "linux", "variant": "v7", "created": "2024-01-01T00:00:00Z",
+            "architecture": "arm", "os": "linux", "variant": "v7",
             "config": { "Env": ["A=b"], "Healthcheck": { "Interval": 30_000_000_000_u64 } },
             "rootfs": { "type": "layers", "diff_ids": ["sha256:a", "sha256:b", "sha256:c"] },
             "history": history,
@@ -148,8 +167,8 @@ mod tests {
         ImageConfig::parse(text.to_string().as_bytes()).unwrap()
     }
 
-    fn new(diff_id: &str, source: Option<usize>) -> NewLayer {
-        NewLayer { diff_id: diff_id.to_owned(), source }
+    fn new(diff_id: &str, origin: Origin) -> NewLayer {
+        NewLayer { diff_id: diff_id.to_owned(), origin }
     }
 
     fn lines(config: &ImageConfig, layers: &[NewLayer]) -> Vec<(String, bool)> {
@@ -168,9 +187,15 @@ mod tests {
             { "created_by": "RUN b" }, { "created_by": "RUN c" },
         ]);
         // The second source layer has no blob of its own.
-        let layers = [new("sha256:1", Some(0)), new("sha256:2", Some(2)), new("sha256:3", None)];
+        let layers = [
+            new("sha256:0", Origin::Foreign),
+            new("sha256:1", Origin::Layer(0)),
+            new("sha256:2", Origin::Layer(2)),
+            new("sha256:3", Origin::Bootstrap),
+        ];
         let found = lines(&config(told), &layers);
         let expected = [
+            ("sluice convert", false),
             ("ADD a", false),
             ("ENV x", true),
             ("RUN b", true),
@@ -182,7 +207,7 @@ mod tests {
 
     #[test]
     fn a_history_that_does_not_fit_its_layers_is_not_believed() {
-        let layers = [new("sha256:1", Some(0)), new("sha256:2", None)];
+        let layers = [new("sha256:1", Origin::Layer(0)), new("sha256:2", Origin::Bootstrap)];
         for told in [json!([]), json!(null), json!([{ "created_by": "one of three" }])] {
             let found = lines(&config(told), &layers);
             assert_eq!(found.iter().filter(|(_, is_empty)| !is_empty).count(), layers.len());
@@ -191,14 +216,15 @@ mod tests {
 
     #[test]
     fn the_rest_stays_as_it_was() {
-        let written = config(json!([])).rewritten(&[new("sha256:1", None)]);
+        let written = config(json!([])).rewritten(&[new("sha256:1", Origin::Bootstrap)]);
         let value: Value = serde_json::from_slice(&written).unwrap();
         assert_eq!(value["config"]["Healthcheck"]["Interval"], 30_000_000_000_u64);
         assert_eq!(value["variant"], "v7");
         assert_eq!(value["rootfs"]["diff_ids"], json!(["sha256:1"]));
         let again = ImageConfig::parse(&written).unwrap();
         assert_eq!(again.platform.variant.as_deref(), Some("v7"));
-        let plain = ImageConfig::plain(again.platform).rewritten(&[new("sha256:1", None)]);
+        let plain =
+            ImageConfig::plain(again.platform).rewritten(&[new("sha256:1", Origin::Bootstrap)]);
         assert!(ImageConfig::parse(&plain).is_ok());
     }
 

@@ -21,12 +21,25 @@ macro_rules! unsupported {
 
 pub mod bootstrap_layer;
 pub mod builder;
+pub mod convert;
+pub mod docker_archive;
+pub mod docker_save;
 pub mod documents;
 pub mod image_config;
+pub mod layer_stream;
+pub mod oci_layout;
 pub mod options;
 pub mod place;
+pub mod registry_image;
+pub mod remote;
+pub mod sink;
+pub mod source;
+pub mod tally;
+pub mod transport;
 pub mod tree;
 pub mod unpack;
+pub mod unpacked;
+pub mod workdir;
 
 mod bootstrap;
 mod chunks;

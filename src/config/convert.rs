@@ -2,7 +2,7 @@
 //!
 //! Memory of transfers: 4 at once x (2 x 1.125 MiB + 64 KiB) per registry.
 
-use super::{KIB, MIB};
+use super::{KIB, MANIFEST_MAX_BYTES, MIB};
 
 /// Bytes of a file read and sent at once; each has a whole timeout.
 pub const UPLOAD_PIECE_SIZE: usize = 256 * KIB;
@@ -24,3 +24,21 @@ pub const LAYERS_MAX: usize = 250;
 pub const HISTORY_MAX: usize = 4096;
 /// Images that may refer to one other, as far as we keep the list.
 pub const REFERRERS_MAX: usize = 1000;
+/// Layers and blobs on their way at once, per registry; each has a thread and an engine.
+pub const TRANSFERS_MAX: usize = 4;
+/// Pieces of a layer that wait for the builder: 16 x 64 KiB to 1.125 MiB.
+pub const LAYER_PIECES_AHEAD: usize = 16;
+/// Names tried for a working directory.
+pub const WORK_DIRECTORY_TRIES_MAX: u32 = 1000;
+/// Names looked at in search of working directories of the dead.
+pub const WORK_SWEEP_MAX: usize = 10_000;
+/// Images of an index that are converted in one run.
+pub const PLATFORMS_MAX: usize = 64;
+/// Bytes of an image's configuration.
+pub const IMAGE_CONFIG_MAX_BYTES: usize = MANIFEST_MAX_BYTES;
+/// Names of a layout or archive shown when a user has to choose.
+pub const NAMES_SHOWN_MAX: usize = 10;
+/// Members of a docker-archive: four per layer and a few more, in archives of many images.
+pub const ARCHIVE_MEMBERS_MAX: usize = 64 * KIB;
+/// Where unfinished files lie when neither destination nor environment say.
+pub const WORK_PARENT_DEFAULT: &str = "/var/tmp";

@@ -27,6 +27,7 @@ const NYDUS_FEATURE: &str = "nydus.remoteimage.v1";
 
 /// What a registry answers for a tag.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[expect(clippy::large_enum_variant, reason = "parsed and taken apart, never kept in numbers")]
 pub enum Document {
     /// One manifest per platform.
     Index(Index),
@@ -147,14 +148,20 @@ impl Document {
     }
 }
 
+/// What a manifest refers to as the image it was made for.
+pub fn subject(manifest: &[u8]) -> Option<Descriptor> {
+    #[derive(Deserialize)]
+    struct Referrer {
+        subject: Option<Descriptor>,
+    }
+    serde_json::from_slice::<Referrer>(manifest).ok()?.subject
+}
+
 impl Index {
     /// The manifest for a platform: if several fit, one marked as lazily loadable, then one of
     /// the same variant, then the first.
     pub fn choose(&self, wanted: &Platform) -> Result<&Descriptor> {
-        let rank = |found: &Platform| {
-            let lazy = found.os_features.iter().any(|feature| feature == NYDUS_FEATURE);
-            (!lazy, found.variant != wanted.variant)
-        };
+        let rank = |found: &Platform| (!found.is_lazy(), found.variant != wanted.variant);
         let fits =
             |found: &Platform| found.os == wanted.os && found.architecture == wanted.architecture;
         let candidates = self.manifests.iter().filter_map(|manifest| {
@@ -184,6 +191,11 @@ impl Platform {
             variant,
             ..Platform::default()
         }
+    }
+
+    /// Whether an index marks this one as lazily loadable.
+    pub fn is_lazy(&self) -> bool {
+        self.os_features.iter().any(|feature| feature == NYDUS_FEATURE)
     }
 }
 
@@ -216,6 +228,11 @@ impl Descriptor {
     /// Whether `bytes` are what this refers to.
     pub fn matches(&self, bytes: &[u8]) -> bool {
         bytes.len() as u64 == self.size && DigestAlgorithm::Sha256.digest(bytes) == self.digest
+    }
+
+    /// Whether it is a layer of a lazily loadable image, and says so.
+    pub fn is_nydus(&self) -> bool {
+        self.is_blob() || self.is_marked(BOOTSTRAP_ANNOTATION)
     }
 
     fn is_marked(&self, annotation: &str) -> bool {

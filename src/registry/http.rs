@@ -25,6 +25,8 @@ pub enum Method {
     Put,
     /// Continue an upload.
     Patch,
+    /// Give up an upload.
+    Delete,
     /// Open a tunnel through a proxy.
     Connect,
 }
@@ -37,6 +39,7 @@ impl Method {
             Method::Post => "POST",
             Method::Put => "PUT",
             Method::Patch => "PATCH",
+            Method::Delete => "DELETE",
             Method::Connect => "CONNECT",
         }
     }

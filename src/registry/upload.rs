@@ -88,7 +88,7 @@ impl Repository {
         let mut starts_left = limits::UPLOAD_STARTS_MAX;
         loop {
             starts_left -= 1;
-            let location = match self.begin(blob).await.map_err(name)? {
+            let location = match self.begin(blob.digest, blob.mount_from).await.map_err(name)? {
                 Begun::Mounted => {
                     (blob.on_progress)(blob.size);
                     return Ok(Pushed::Mounted);
@@ -103,16 +103,30 @@ impl Repository {
         }
     }
 
-    async fn begin(&self, blob: &BlobFile<'_>) -> Result<Begun> {
-        let rest = match blob.mount_from {
-            Some(source) => format!("blobs/uploads/?mount={}&from={source}", blob.digest),
+    /// Has a blob that another repository of the registry may have; false if it has not.
+    pub async fn mount_blob(&self, digest: &str, source: &str) -> Result<bool> {
+        match self.begin(digest, Some(source)).await? {
+            Begun::Mounted => Ok(true),
+            Begun::At(location) => {
+                let (method, content) = (Method::Delete, None);
+                let write = Write { method, location: &location, content, size: 0 };
+                // What nobody goes on with, registries clear away in time.
+                let _ = self.request(write).await;
+                Ok(false)
+            }
+        }
+    }
+
+    async fn begin(&self, digest: &str, mount_from: Option<&str>) -> Result<Begun> {
+        let rest = match mount_from {
+            Some(source) => format!("blobs/uploads/?mount={digest}&from={source}"),
             None => "blobs/uploads/".to_string(),
         };
         let location = self.location(&rest)?;
         let write = Write { method: Method::Post, location: &location, content: None, size: 0 };
         let answer = self.insist(write).await?;
         match (answer.status, &answer.location) {
-            (201, _) if blob.mount_from.is_some() => Ok(Begun::Mounted),
+            (201, _) if mount_from.is_some() => Ok(Begun::Mounted),
             (200..300, Some(location)) => Ok(Begun::At(location.clone())),
             (200..300, None) => {
                 Err(Error::Malformed("an upload was begun without a Location".to_string()))
