@@ -9,6 +9,7 @@ mod bootstraps;
 mod build;
 mod check;
 mod client;
+mod convert;
 mod daemon;
 mod doctor;
 mod fetch;
@@ -92,6 +93,8 @@ enum Command {
     Gc(gc::Options),
     /// Show the daemon's counters and latencies.
     Stat(stat::Options),
+    /// Make an image lazily loadable, from any place to any other.
+    Convert(convert::Options),
     /// Show what is in an image.
     Inspect(inspect::Options),
     /// Verify an image's structure and the digest of every chunk.
@@ -150,6 +153,7 @@ fn dispatch(command: Command) -> Result<Verdict> {
         Command::Images(options) => images::run(&options, &mut out),
         Command::Gc(options) => gc::run(&options, &mut out),
         Command::Stat(options) => stat::run(&options, &mut out),
+        Command::Convert(options) => convert::run(&options, &mut out),
         Command::Inspect(options) => inspect::run(&options, &mut out),
         Command::Check(options) => check::run(&options, &mut out),
         Command::Build(options) => build::run(&options, &mut out),

@@ -6,6 +6,7 @@ pub mod daemon;
 pub mod distribution;
 pub mod http;
 pub mod image;
+pub mod images;
 pub mod kernel;
 pub mod listener;
 pub mod node;
