@@ -35,6 +35,8 @@ pub struct NewLayer {
 pub enum Origin {
     /// Chunks that another image has.
     Foreign,
+    /// What a recorded start needs.
+    Start,
     /// A layer of the source, by its number.
     Layer(usize),
     /// Where in such a layer, which stays as it is, everything is.
@@ -47,6 +49,7 @@ impl Origin {
     fn line(self) -> Value {
         let comment = match self {
             Origin::Foreign => "chunks of another image",
+            Origin::Start => "what a start needs",
             Origin::Layer(_) => "layer",
             Origin::Index(_) => "index of a layer",
             Origin::Bootstrap => "bootstrap",
@@ -132,7 +135,7 @@ impl ImageConfig {
         let of = |wanted: fn(&Origin) -> bool| {
             layers.iter().map(|layer| layer.origin).filter(wanted).map(Origin::line)
         };
-        let mut history: Vec<Value> = of(|origin| *origin == Origin::Foreign).collect();
+        let mut history: Vec<Value> = of(|origin| *origin < Origin::Layer(0)).collect();
         let mut number = 0;
         for line in &self.history {
             let mut line = line.clone();

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use super::documents;
 use super::layer_stream::LayerStream;
 use super::sink::{Body, Content, Name, Sink};
-use super::source::{Images, LayerInput, Source, SourceLayer};
+use super::source::{Images, LayerInput, Library, Source, SourceLayer};
 use super::tally::Tally;
 use crate::config as limits;
 use crate::error::{Error, Result};
@@ -60,16 +60,16 @@ impl OciSource {
         let layout = Layout { directory: directory.to_owned() };
         OciSource { layout, name: name.map(str::to_owned) }
     }
+}
 
-    /// The manifest or index meant, and its bytes.
-    pub fn top(&self) -> Result<(Descriptor, Vec<u8>)> {
+impl Library for OciSource {
+    fn top(&self) -> Result<(Descriptor, Vec<u8>)> {
         let index = self.layout.index()?;
         let top = choose(&index, self.name.as_deref())?;
         Ok((top.clone(), self.document(top)?))
     }
 
-    /// A manifest or configuration.
-    pub fn document(&self, descriptor: &Descriptor) -> Result<Vec<u8>> {
+    fn document(&self, descriptor: &Descriptor) -> Result<Vec<u8>> {
         let path = self.layout.blob_path(descriptor);
         let bytes = read_small(&path, limits::MANIFEST_MAX_BYTES)?;
         match descriptor.matches(&bytes) {
@@ -78,8 +78,7 @@ impl OciSource {
         }
     }
 
-    /// A blob as a stream.
-    pub fn blob(&self, descriptor: &Descriptor) -> Result<LayerStream> {
+    fn blob(&self, descriptor: &Descriptor) -> Result<LayerStream> {
         let path = self.layout.blob_path(descriptor);
         let file = File::open(&path)
             .map_err(|error| Error::io(&error, format!("cannot read {}", path.display())))?;

@@ -10,9 +10,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::documents::{self, referrers_tag, with_referrer};
+use super::layer_stream::LayerStream;
 use super::remote::{Pending, Remote};
 use super::sink::{Body, Content, Name, Sink};
-use super::source::{Images, LayerInput, Source, SourceLayer};
+use super::source::{Images, LayerInput, Library, Source, SourceLayer};
 use super::tally::Tally;
 use crate::config as limits;
 use crate::error::{Error, Result};
@@ -34,9 +35,10 @@ impl RegistrySource {
         let backend = Backend::registry(scheme, &reference.host, &reference.repo)?;
         Ok(RegistrySource { remote: Remote::open(&backend, &[])?, reference: reference.clone() })
     }
+}
 
-    /// The reference's manifest or index and its bytes.
-    pub fn top(&self) -> Result<(Descriptor, Vec<u8>)> {
+impl Library for RegistrySource {
+    fn top(&self) -> Result<(Descriptor, Vec<u8>)> {
         let found = self.remote.manifest(self.reference.manifest())?;
         let found = found.ok_or_else(|| {
             Error::NotFound(format!("the registry has no image {}", self.reference))
@@ -44,8 +46,7 @@ impl RegistrySource {
         Ok((documents::describe(&found.media_type, &found.bytes), found.bytes))
     }
 
-    /// A manifest or configuration.
-    pub fn document(&self, descriptor: &Descriptor) -> Result<Vec<u8>> {
+    fn document(&self, descriptor: &Descriptor) -> Result<Vec<u8>> {
         let is_manifest =
             descriptor.media_type.contains("manifest") || descriptor.media_type.contains("index");
         if !is_manifest {
@@ -57,9 +58,8 @@ impl RegistrySource {
         Ok(found.bytes)
     }
 
-    /// A blob as a stream.
-    pub fn blob(&self, descriptor: &Descriptor) -> super::layer_stream::LayerStream {
-        self.remote.layer(descriptor)
+    fn blob(&self, descriptor: &Descriptor) -> Result<LayerStream> {
+        Ok(self.remote.layer(descriptor))
     }
 }
 

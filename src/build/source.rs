@@ -25,6 +25,16 @@ pub trait Source {
     }
 }
 
+/// A place whose documents and blobs are known by digest.
+pub trait Library {
+    /// What its name leads to, and the bytes of that.
+    fn top(&self) -> Result<(Descriptor, Vec<u8>)>;
+    /// A manifest or configuration.
+    fn document(&self, descriptor: &Descriptor) -> Result<Vec<u8>>;
+    /// A blob as a stream.
+    fn blob(&self, descriptor: &Descriptor) -> Result<LayerStream>;
+}
+
 /// What a source has under one name.
 #[derive(Clone, Debug)]
 pub struct Images {
@@ -111,16 +121,8 @@ impl Images {
                     limits::PLATFORMS_MAX
                 )));
             }
-            match Document::parse(&fetch(entry)?)? {
-                Document::Manifest(manifest) => {
-                    images.push(SourceImage::read(entry, manifest, fetch)?);
-                }
-                Document::Index(_) => {
-                    return Err(Error::Unsupported(
-                        "an index that leads to another index".to_owned(),
-                    ));
-                }
-            }
+            let manifest = Manifest::parse(&fetch(entry)?)?;
+            images.push(SourceImage::read(entry, manifest, fetch)?);
         }
         match images.is_empty() {
             true => Err(Error::NotFound(match wanted {

@@ -12,12 +12,12 @@ use super::oci_layout::{OciSink, OciSource};
 use super::place::Place;
 use super::registry_image::{RegistrySink, RegistrySource};
 use super::sink::Sink;
-use super::source::{Images, LayerInput, Source, SourceImage, SourceLayer};
+use super::source::{Images, LayerInput, Library, Source, SourceImage, SourceLayer};
 use super::tally::Tally;
 use super::unpacked::UnpackedSink;
 use crate::error::{Error, Result};
 use crate::image::Digest;
-use crate::image::manifest::{Descriptor, Document, Platform};
+use crate::image::manifest::{Document, Manifest, Platform};
 use crate::registry::origin::Scheme;
 
 /// Opens a place to read from.
@@ -69,33 +69,42 @@ pub fn work_parent(place: &Place) -> Result<Option<PathBuf>> {
     Ok(Some(directory))
 }
 
+/// Opens a place that knows its content by digest.
+pub fn library(place: &Place, scheme: Scheme) -> Result<Box<dyn Library>> {
+    match place {
+        Place::Registry(reference) => Ok(Box::new(RegistrySource::open(reference, scheme)?)),
+        Place::Oci { directory, name } => Ok(Box::new(OciSource::open(directory, name.as_deref()))),
+        Place::DockerArchive { .. } | Place::Directory(_) => {
+            Err(unsupported!("{place} has no manifest"))
+        }
+    }
+}
+
 /// A lazily loadable image whose chunks others may use; for this machine if it is for several.
 pub fn dictionary(place: &Place, scheme: Scheme) -> Result<Dictionary> {
-    let choose = |bytes: &[u8], fetch: &dyn Fn(&Descriptor) -> Result<Vec<u8>>| {
-        let document = match Document::parse(bytes)? {
-            Document::Index(index) => Document::parse(&fetch(index.choose(&Platform::here())?)?)?,
-            manifest => manifest,
-        };
-        match document {
-            Document::Manifest(manifest) => Ok(manifest),
-            Document::Index(_) => Err(malformed!("an index that leads to another index")),
+    if let Place::Directory(path) = place {
+        return Dictionary::of_files(path);
+    }
+    let library = library(place, scheme)?;
+    let (_, bytes) = library.top()?;
+    let manifest = match Document::parse(&bytes)? {
+        Document::Manifest(manifest) => manifest,
+        Document::Index(index) => {
+            Manifest::parse(&library.document(index.choose(&Platform::here())?)?)?
         }
     };
+    let layer = library.blob(manifest.nydus_layers()?.bootstrap)?;
+    Dictionary::of_image(&manifest, layer)
+}
+
+/// A lazily loadable image of an OCI layout, and the directory with its blobs.
+pub fn layout(place: &Place) -> Result<(Dictionary, PathBuf)> {
     match place {
-        Place::Registry(reference) => {
-            let source = RegistrySource::open(reference, scheme)?;
-            let manifest = choose(&source.top()?.1, &|entry| source.document(entry))?;
-            let layer = source.blob(manifest.nydus_layers()?.bootstrap);
-            Dictionary::of_image(&manifest, layer)
+        Place::Oci { directory, .. } => {
+            let image = dictionary(place, Scheme::Https)?;
+            Ok((image, directory.join("blobs/sha256")))
         }
-        Place::Oci { directory, name } => {
-            let source = OciSource::open(directory, name.as_deref());
-            let manifest = choose(&source.top()?.1, &|entry| source.document(entry))?;
-            let layer = source.blob(manifest.nydus_layers()?.bootstrap)?;
-            Dictionary::of_image(&manifest, layer)
-        }
-        Place::Directory(path) => Dictionary::of_files(path),
-        Place::DockerArchive { .. } => Err(unsupported!("an archive is no dictionary")),
+        _ => Err(malformed!("{place} is no OCI layout")),
     }
 }
 

@@ -149,12 +149,16 @@ fn work_parent(options: &Options, to: &Place) -> Result<PathBuf> {
     if let Some(chosen) = &options.work_dir {
         return Ok(chosen.clone());
     }
-    let fallback = || match std::env::var_os("TMPDIR") {
+    Ok(transport::work_parent(to)?.unwrap_or_else(work_default))
+}
+
+/// Where unfinished files lie when the destination does not care.
+pub fn work_default() -> PathBuf {
+    match std::env::var_os("TMPDIR") {
         Some(directory) => PathBuf::from(directory),
         // Blobs are large and /tmp is often memory.
         None => PathBuf::from(config::WORK_PARENT_DEFAULT),
-    };
-    Ok(transport::work_parent(to)?.unwrap_or_else(fallback))
+    }
 }
 
 /// Images whose chunks may be used: bootstraps on disk, or images by their places.
@@ -178,7 +182,7 @@ fn dictionaries(options: &Options, to: &Place, scheme: Scheme) -> Result<Vec<Dic
 
 /// An interrupt ends the process at once, after the unfinished files. Signals are blocked before
 /// the first thread starts, so that all threads leave them to the one that waits.
-fn remove_when_interrupted(work: &Path) -> Result<()> {
+pub fn remove_when_interrupted(work: &Path) -> Result<()> {
     let signals: SigSet = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP].into_iter().collect();
     signals.thread_block().map_err(|errno| Error::system(errno as i32, "cannot block signals"))?;
     let work = work.to_owned();

@@ -42,3 +42,7 @@ pub const NAMES_SHOWN_MAX: usize = 10;
 pub const ARCHIVE_MEMBERS_MAX: usize = 64 * KIB;
 /// Where unfinished files lie when neither destination nor environment say.
 pub const WORK_PARENT_DEFAULT: &str = "/var/tmp";
+/// Lines of a trace: a start that touches 4 GiB page by page.
+pub const TRACE_LINES_MAX: usize = 1 << 20;
+/// Bytes of one line: the longest path, escaped, and the rest.
+pub const TRACE_LINE_MAX_BYTES: u64 = 32 * KIB as u64;

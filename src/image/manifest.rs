@@ -200,6 +200,14 @@ impl Platform {
 }
 
 impl Manifest {
+    /// Parses what must not be an index.
+    pub fn parse(bytes: &[u8]) -> Result<Self> {
+        match Document::parse(bytes)? {
+            Document::Manifest(manifest) => Ok(manifest),
+            Document::Index(_) => Err(malformed!("an index that leads to another index")),
+        }
+    }
+
     /// The layers to load an image lazily from. `Unsupported` for an image without layers.
     pub fn nydus_layers(&self) -> Result<NydusLayers<'_>> {
         let marked = self.layers.iter().rev().find(|layer| layer.is_marked(BOOTSTRAP_ANNOTATION));
