@@ -17,6 +17,7 @@ use sluice::registry::route::{Route, Shared};
 use sluice::registry::upload::{BlobFile, Pushed};
 use std::cell::Cell;
 use std::io::Write;
+use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
 use support::distribution::Distribution;
@@ -52,13 +53,20 @@ fn with_repository<T: 'static, F>(
 where
     F: Future<Output = Result<T>> + 'static,
 {
-    let mut config = json!({"host": address, "repo": repo, "scheme": "http"});
-    if let Some(basic) = basic {
-        config["auth"] = json!(basic);
-    }
-    let backend = Backend::parse("registry", &config).unwrap();
+    let config = json!({"host": address, "repo": repo, "scheme": "http", "auth": basic});
+    let shared = Shared::at(None, Path::new("/nonexistent"));
+    with_backend(shared, Backend::parse("registry", &config).unwrap(), work)
+}
+
+fn with_backend<T: 'static, F>(
+    shared: Arc<Shared>,
+    backend: Backend,
+    work: impl FnOnce(Rc<Client>, Arc<Route>, Repository, sluice::engine::Core) -> F + 'static,
+) -> Result<T>
+where
+    F: Future<Output = Result<T>> + 'static,
+{
     block_on(move |core| async move {
-        let shared = Shared::at(None, std::path::Path::new("/nonexistent"));
         let route = shared.route(&backend)?;
         let client = Client::new(shared);
         let sources = ["other/place".to_owned()];
@@ -190,6 +198,42 @@ fn tokens_reach_as_far_as_a_push_needs_and_are_renewed_in_the_middle() {
         let error = push(registry.address(), "a/b", None, noise(10, 1), None).unwrap_err();
         assert!(matches!(error, Error::Denied(_)), "{error}");
     }
+}
+
+#[test]
+fn a_large_blob_goes_over_tls_and_comes_back() {
+    let registry = Registry::start(&["--tls", "--auth", "bearer"]);
+    let certificates = tempfile::tempdir().unwrap();
+    let own = certificates.path().join(registry.address());
+    std::fs::create_dir(&own).unwrap();
+    std::fs::copy(registry.ca(), own.join("ca.crt")).unwrap();
+    let basic = "dXNlcjpwYXNzd29yZA==";
+    let config = json!({"host": registry.address(), "repo": "a", "auth": basic});
+    let shared = Shared::at(None, certificates.path());
+    let backend = Backend::parse("registry", &config).unwrap();
+    let back = with_backend(shared, backend, |client, route, repository, core| async move {
+        let bytes = noise(5 * MIB + 3, 51);
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&bytes).unwrap();
+        let (digest, size) = (digest(&bytes), bytes.len() as u64);
+        let on_progress = |_| {};
+        let blob = BlobFile {
+            digest: &digest,
+            size,
+            file: &file,
+            mount_from: None,
+            on_progress: &on_progress,
+        };
+        assert_eq!(repository.push_blob(&blob).await, Ok(Pushed::Sent));
+        let mut back = Vec::new();
+        let sink = |piece: &[u8]| {
+            back.extend_from_slice(piece);
+            Ok(())
+        };
+        client.download(&core, &route, Whole { digest: &digest, size }, sink).await?;
+        Ok(back == bytes)
+    });
+    assert_eq!(back, Ok(true));
 }
 
 #[test]

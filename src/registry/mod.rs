@@ -51,4 +51,6 @@ mod login_tests;
 #[cfg(test)]
 mod server_tests;
 #[cfg(test)]
+mod upload_tests;
+#[cfg(test)]
 mod vault_tests;
