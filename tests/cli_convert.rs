@@ -10,7 +10,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use support::distribution::Distribution;
-use support::images::{document, keep, layout, noise, tar, three_layers, top};
+use support::layouts::{document, keep, layout, noise, tar, three_layers, top};
 use support::registry::Registry;
 use tempfile::TempDir;
 

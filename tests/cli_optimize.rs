@@ -6,7 +6,7 @@ use serde_json::Value;
 use std::fs;
 use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
-use support::images::{layout, noise, tar, three_layers};
+use support::layouts::{layout, noise, tar, three_layers};
 use support::registry::Registry;
 use tempfile::TempDir;
 

@@ -19,7 +19,7 @@ use super::progress::Bars;
 use crate::build::convert::{Conversion, Converted, Dictionary, Order};
 use crate::build::place::Place;
 use crate::build::source::parse_platform;
-use crate::build::tally::Tally;
+use crate::build::tally::{Count, Tally};
 use crate::build::transport;
 use crate::build::workdir::{self, WorkDir};
 use crate::config;
@@ -212,7 +212,10 @@ struct Outcome {
 impl Outcome {
     fn json(&self) -> Value {
         let tally = &self.tally;
-        let count = |blobs: &crate::build::tally::Count, bytes: &crate::build::tally::Count| json!({ "blobs": blobs.value(), "bytes": bytes.value() });
+        let count = |blobs: &Count, bytes: &Count| {
+            let (blobs, bytes) = (blobs.value(), bytes.value());
+            json!({ "blobs": blobs, "bytes": bytes })
+        };
         json!({
             "destination": self.to.to_string(),
             "images": self.converted,

@@ -110,7 +110,10 @@ fn as_json(found: &Comparison, with_names: bool) -> Value {
             "path": display(&name.path), "kind": name.kind.to_string(), "size": name.size,
         })
     };
-    let sum = |sum: &ChunkSum| json!({ "chunks": sum.count, "bytes": sum.bytes, "stored_bytes": sum.stored_bytes });
+    let sum = |sum: &ChunkSum| {
+        let ChunkSum { count, bytes, stored_bytes } = sum;
+        json!({ "chunks": count, "bytes": bytes, "stored_bytes": stored_bytes })
+    };
     let changed = |(name, aspects): &(Name, Vec<Aspect>)| {
         let mut value = plain(name);
         value["differs"] = aspects.iter().map(|aspect| word(*aspect)).collect();

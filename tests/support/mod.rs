@@ -4,10 +4,11 @@
 
 pub mod daemon;
 pub mod distribution;
+pub mod fuzzing;
 pub mod http;
 pub mod image;
-pub mod images;
 pub mod kernel;
+pub mod layouts;
 pub mod listener;
 pub mod node;
 pub mod registry;
