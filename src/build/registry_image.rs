@@ -167,7 +167,6 @@ impl Sink for RegistrySink {
                 digest: &descriptor.digest_text(),
                 size: descriptor.size,
                 file: &file,
-                mount_from: None,
                 on_progress: &on_progress,
             };
             let pushed = session.repository.push_blob(&blob).await?;

@@ -1,6 +1,6 @@
 //! The story of one blob on its way into a repository.
 //!
-//! Looked for first, then mounted from another repository, then sent; a broken connection is
+//! Looked for first, then sent (or mounted from another repository); a broken connection is
 //! followed by the question how far it came, and the rest is sent from there. An upload that the
 //! registry has forgotten or garbled is begun again, a few times. Bytes come from a file and go
 //! through one lease; the registry says at the end whether they have their digest.
@@ -28,8 +28,6 @@ pub struct BlobFile<'a> {
     pub size: u64,
     /// The bytes.
     pub file: &'a File,
-    /// A repository of the same registry that has it, perhaps.
-    pub mount_from: Option<&'a str>,
     /// Told how many more bytes the registry has.
     pub on_progress: &'a dyn Fn(u64),
 }
@@ -43,12 +41,6 @@ pub enum Pushed {
     Mounted,
     /// It was sent.
     Sent,
-}
-
-/// An upload that has begun.
-enum Begun {
-    Mounted,
-    At(Location),
 }
 
 /// How an upload ended, short of success.
@@ -88,13 +80,7 @@ impl Repository {
         let mut starts_left = limits::UPLOAD_STARTS_MAX;
         loop {
             starts_left -= 1;
-            let location = match self.begin(blob.digest, blob.mount_from).await.map_err(name)? {
-                Begun::Mounted => {
-                    (blob.on_progress)(blob.size);
-                    return Ok(Pushed::Mounted);
-                }
-                Begun::At(location) => location,
-            };
+            let location = self.begin().await.map_err(name)?;
             match self.carry(blob, location, &reported).await {
                 Ok(()) => return Ok(Pushed::Sent),
                 Err(Setback::Lost(error)) if starts_left > 0 && self.rest(&error, 0).await => {}
@@ -105,33 +91,32 @@ impl Repository {
 
     /// Has a blob that another repository of the registry may have; false if it has not.
     pub async fn mount_blob(&self, digest: &str, source: &str) -> Result<bool> {
-        match self.begin(digest, Some(source)).await? {
-            Begun::Mounted => Ok(true),
-            Begun::At(location) => {
+        let place = self.location(&format!("blobs/uploads/?mount={digest}&from={source}"))?;
+        let write = Write { method: Method::Post, location: &place, content: None, size: 0 };
+        let answer = self.insist(write).await?;
+        match (answer.status, &answer.location) {
+            (201, _) => Ok(true),
+            // It has begun an upload instead. What nobody goes on with, it clears away in time.
+            (200..300, Some(location)) => {
                 let (method, content) = (Method::Delete, None);
-                let write = Write { method, location: &location, content, size: 0 };
-                // What nobody goes on with, registries clear away in time.
-                let _ = self.request(write).await;
+                let _ = self.request(Write { method, location, content, size: 0 }).await;
                 Ok(false)
             }
+            (200..300, None) => Ok(false),
+            _ => Err(answer.into_error()),
         }
     }
 
-    async fn begin(&self, digest: &str, mount_from: Option<&str>) -> Result<Begun> {
-        let rest = match mount_from {
-            Some(source) => format!("blobs/uploads/?mount={digest}&from={source}"),
-            None => "blobs/uploads/".to_string(),
-        };
-        let location = self.location(&rest)?;
+    async fn begin(&self) -> Result<Location> {
+        let location = self.location("blobs/uploads/")?;
         let write = Write { method: Method::Post, location: &location, content: None, size: 0 };
         let answer = self.insist(write).await?;
-        match (answer.status, &answer.location) {
-            (201, _) if mount_from.is_some() => Ok(Begun::Mounted),
-            (200..300, Some(location)) => Ok(Begun::At(location.clone())),
-            (200..300, None) => {
+        match (answer.is_success(), &answer.location) {
+            (true, Some(location)) => Ok(location.clone()),
+            (true, None) => {
                 Err(Error::Malformed("an upload was begun without a Location".to_string()))
             }
-            _ => Err(answer.into_error()),
+            (false, _) => Err(answer.into_error()),
         }
     }
 

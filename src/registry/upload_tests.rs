@@ -23,13 +23,7 @@ fn push(server: &Server, extra: serde_json::Value, look: impl FnOnce(Result<Push
         let repository = Repository::open(&world.core, &world.client, &world.route, &sources);
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(b"0123456789").unwrap();
-        let blob = BlobFile {
-            digest: DIGEST,
-            size: 10,
-            file: &file,
-            mount_from: None,
-            on_progress: &|_| {},
-        };
+        let blob = BlobFile { digest: DIGEST, size: 10, file: &file, on_progress: &|_| {} };
         look(repository.unwrap().push_blob(&blob).await);
     });
 }
