@@ -8,8 +8,16 @@
 //! streamed: memory does not depend on their sizes, only on how many files and chunks there are.
 //! The same layers and options give the same bytes on any machine with any number of threads.
 //!
-//! Reads what it is handed (a stream, a directory) and writes only into its output directory.
-//! Whatever a layer says, nothing outside that directory is touched. Knows no registry.
+//! The builder reads what it is handed (a stream, a directory) and writes only into its output
+//! directory. Whatever a layer says, nothing outside that directory is touched.
+//!
+//! Around it, from place to place ([`transport`] opens them):
+//! ```text
+//! place -> Source (images, checked layers) -> Conversion -> Sink (blobs, then manifests, the tag)
+//!   registry_image (through remote), oci_layout, docker_archive / docker_save, unpacked
+//! ```
+//! [`optimize`] writes an image's bootstrap anew around one blob with what a start needs, and
+//! [`republish`] puts that under the image's name.
 
 macro_rules! malformed {
     ($($text:tt)*) => { $crate::error::Error::Malformed(format!($($text)*)) };
