@@ -7,6 +7,7 @@
 //! # The rooms
 //! ```text
 //! cli -> daemon -> upcall -> blob -> { registry, store, image } -> engine
+//! cli -> build -> { registry, image } -> engine
 //! config and error are leaves that all may use
 //! ```
 //! * [`engine`]: mechanism. One core is one thread, one io_uring, one loop; operations are data,
@@ -19,6 +20,7 @@
 //! * [`upcall`]: who asks. The codec of /dev/cachefiles, the device, the intake of one core.
 //! * [`daemon`]: wiring. Workers, the control API (nydusd's, and our own), statistics, culling, and
 //!   what outlives a daemon: registrations on disk, the keeper, a supervisor.
+//! * [`build`]: making images: layers to blobs and a bootstrap, and from any place to any other.
 //! * [`cli`]: one file per command.
 //!
 //! Dependencies point one way, files stay short, and unsafe code lives in four files;

@@ -29,7 +29,8 @@ const ARROWS: &[(&str, &[&str])] = &[
 /// Folders and the files in them, all when none is named, that are functions from value to value.
 const PURE: &[(&str, &[&str])] = &[
     ("src/image/", &[]),
-    ("src/registry/", &["http", "auth", "config", "reference", "origin", "mirrors"]),
+    ("src/registry/", &["http", "auth", "config", "reference", "origin", "mirrors", "complaint"]),
+    ("src/build/", &["place", "image_config", "documents", "bootstrap_layer", "trace"]),
     ("src/blob/", &["plan", "schedule"]),
 ];
 #[rustfmt::skip]

@@ -173,7 +173,7 @@ impl<'a> Scribe<'a> {
     }
 }
 
-fn context_entry(chunk: &Chunk) -> [u8; 16] {
+pub(super) fn context_entry(chunk: &Chunk) -> [u8; 16] {
     let (plain, stored) = (chunk.uncompressed_size, chunk.compressed_size);
     ContextEntry::to_v1(chunk.uncompressed_offset, plain, chunk.compressed_offset, stored)
 }

@@ -118,7 +118,7 @@ fn restore(
 }
 
 /// The chunks of an image's blobs, one at a time.
-struct Contents<'a> {
+pub(super) struct Contents<'a> {
     layouts: &'a [Layout],
     read: ReadBlob<'a>,
     decoder: Decoder,
@@ -131,7 +131,7 @@ struct Contents<'a> {
 }
 
 impl<'a> Contents<'a> {
-    fn new(layouts: &'a [Layout], read: ReadBlob<'a>) -> Self {
+    pub(super) fn new(layouts: &'a [Layout], read: ReadBlob<'a>) -> Self {
         Contents {
             layouts,
             read,
@@ -144,7 +144,7 @@ impl<'a> Contents<'a> {
     }
 
     /// The verified bytes of a chunk.
-    fn chunk(&mut self, wanted: &FileChunk) -> Result<&[u8]> {
+    pub(super) fn chunk(&mut self, wanted: &FileChunk) -> Result<&[u8]> {
         let blob = wanted.blob_index as usize;
         let layout = &self.layouts[blob];
         let chunk = layout.chunk(wanted.index);

@@ -62,8 +62,9 @@ pub struct Format {
     /// Threads that digest and compress; every core if not given. The result does not depend on it.
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
-    /// Use chunks of the blobs of this image where they are the same; may be given several times.
-    #[arg(long, value_name = "BOOTSTRAP")]
+    /// Use chunks of the blobs of this image where they are the same: a bootstrap, or for a
+    /// conversion any place; may be given several times.
+    #[arg(long, value_name = "IMAGE")]
     chunk_dict: Vec<PathBuf>,
 }
 
@@ -99,6 +100,11 @@ impl Format {
             threads: self.threads.unwrap_or(fallback.threads),
             ..fallback
         }
+    }
+
+    /// The images whose chunks may be used.
+    pub fn dictionaries(&self) -> &[PathBuf] {
+        &self.chunk_dict
     }
 
     /// A builder that knows the dictionaries.

@@ -9,7 +9,9 @@ mod bootstraps;
 mod build;
 mod check;
 mod client;
+mod convert;
 mod daemon;
+mod diff;
 mod doctor;
 mod fetch;
 mod gc;
@@ -20,6 +22,7 @@ mod keeper;
 mod kernel_checks;
 mod mount;
 mod mounts;
+mod optimize;
 mod output;
 mod progress;
 mod source;
@@ -92,6 +95,12 @@ enum Command {
     Gc(gc::Options),
     /// Show the daemon's counters and latencies.
     Stat(stat::Options),
+    /// Make an image lazily loadable, from any place to any other.
+    Convert(convert::Options),
+    /// Put what a recorded start needs in front of an image.
+    Optimize(optimize::Options),
+    /// Show what differs between two images.
+    Diff(diff::Options),
     /// Show what is in an image.
     Inspect(inspect::Options),
     /// Verify an image's structure and the digest of every chunk.
@@ -150,6 +159,9 @@ fn dispatch(command: Command) -> Result<Verdict> {
         Command::Images(options) => images::run(&options, &mut out),
         Command::Gc(options) => gc::run(&options, &mut out),
         Command::Stat(options) => stat::run(&options, &mut out),
+        Command::Convert(options) => convert::run(&options, &mut out),
+        Command::Optimize(options) => optimize::run(&options, &mut out),
+        Command::Diff(options) => diff::run(&options, &mut out),
         Command::Inspect(options) => inspect::run(&options, &mut out),
         Command::Check(options) => check::run(&options, &mut out),
         Command::Build(options) => build::run(&options, &mut out),

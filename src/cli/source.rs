@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 
 use super::blobs::Blobs;
 use super::fetch;
+use crate::build::{self, transport};
 use crate::config;
 use crate::error::{Error, Result};
 use crate::image::{BlobId, Bootstrap};
@@ -49,9 +50,12 @@ pub struct Source {
 }
 
 impl Source {
-    /// A bootstrap's file, a directory with one, or the name of an image in a registry: what is
-    /// there decides.
+    /// A bootstrap's file, a directory with one, an image in an OCI layout (`oci:DIR:TAG`), or the
+    /// name of one in a registry: what is there decides.
     pub fn of(image: &Path, place: &Place) -> Result<Source> {
+        if let Some(text) = image.to_str().filter(|text| text.starts_with("oci:")) {
+            return Source::of_layout(text);
+        }
         if image.is_dir() {
             return Source::built(image, place);
         }
@@ -65,6 +69,18 @@ impl Source {
                 image.display()
             ))),
         }
+    }
+
+    /// An image in an OCI layout; its blobs lie there by their digests.
+    fn of_layout(text: &str) -> Result<Source> {
+        let named = |error: Error| error.context(text);
+        let place = build::place::Place::parse(text)?;
+        let (dictionary, directory) = transport::layout(&place).map_err(named)?;
+        let directory = std::fs::canonicalize(&directory)
+            .map_err(|error| Error::io(&error, directory.display().to_string()))?;
+        let backend = json!({ "type": "localfs", "config": { "dir": directory } });
+        let bootstrap = dictionary.bootstrap.bytes().to_vec();
+        Ok(Source { bootstrap, backend, blobs: Some(Blobs::Directory(directory)) })
     }
 
     /// What `sluice build` leaves: a directory with the bootstrap and, unless they are said to be
@@ -116,6 +132,11 @@ impl Source {
 }
 
 impl Place {
+    /// Nothing but a registry, spoken to as the user wants.
+    pub fn of_registry(plain_http: bool) -> Self {
+        Place { plain_http, ..Place::default() }
+    }
+
     fn resolve(&self) -> Result<(Value, Option<Blobs>)> {
         if let Some(directory) = &self.blobs {
             let directory = std::fs::canonicalize(directory)

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::Verdict;
+use super::blobs::Reader;
 use super::output::{self, Output};
 use super::progress::Progress;
 use super::source::{Place, Source};
@@ -51,14 +52,7 @@ pub fn run(options: &Options, out: &mut Output) -> Result<Verdict> {
             ));
         }
     };
-    let mut layouts = Vec::new();
-    for (record, reader) in bootstrap.blobs().iter().zip(blobs.iter().cycle()) {
-        let context = match Layout::needs_context(record) {
-            true => Some(verify::context(record, reader)?),
-            false => None,
-        };
-        layouts.push(Layout::build(&bootstrap, record.index, context.as_ref())?);
-    }
+    let layouts = layouts(&bootstrap, blobs.as_ref())?;
     let progress = Progress::new("unpacking");
     progress.expect(data_bytes(&bootstrap)?);
     let read = |blob: &BlobId, range| match &blobs {
@@ -79,6 +73,19 @@ pub fn run(options: &Options, out: &mut Output) -> Result<Verdict> {
         ))?,
     }
     Ok(Verdict::Good)
+}
+
+/// The layouts of all blobs, in order.
+pub fn layouts(bootstrap: &Bootstrap, blobs: Option<&Reader>) -> Result<Vec<Layout>> {
+    let mut layouts = Vec::new();
+    for (record, reader) in bootstrap.blobs().iter().zip(blobs.into_iter().cycle()) {
+        let context = match Layout::needs_context(record) {
+            true => Some(verify::context(record, reader)?),
+            false => None,
+        };
+        layouts.push(Layout::build(bootstrap, record.index, context.as_ref())?);
+    }
+    Ok(layouts)
 }
 
 /// Bytes of all files; one with several names is counted for each.

@@ -7,6 +7,7 @@
 mod build;
 mod cli;
 mod control;
+mod convert;
 mod door;
 mod engine;
 mod fault;
@@ -22,6 +23,7 @@ use clap::ValueEnum;
 pub use build::*;
 pub use cli::*;
 pub use control::*;
+pub use convert::*;
 pub use door::*;
 pub use engine::*;
 pub use fault::*;

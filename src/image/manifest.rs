@@ -7,7 +7,7 @@ use super::digest::{Digest, DigestAlgorithm};
 use super::identity::BlobId;
 use crate::config::MANIFEST_MAX_BYTES;
 use crate::error::{Error, Result};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
 /// Media types a client must say it accepts to be given what this file parses.
@@ -16,14 +16,18 @@ pub const ACCEPT: &str = "application/vnd.oci.image.manifest.v1+json, \
      application/vnd.docker.distribution.manifest.v2+json, \
      application/vnd.docker.distribution.manifest.list.v2+json";
 
-const BOOTSTRAP_ANNOTATION: &str = "containerd.io/snapshot/nydus-bootstrap";
-const BLOB_ANNOTATION: &str = "containerd.io/snapshot/nydus-blob";
-const BLOB_MEDIA_TYPE: &str = "application/vnd.oci.image.layer.nydus.blob.v1";
+/// `true` on the layer that has the bootstrap.
+pub const BOOTSTRAP_ANNOTATION: &str = "containerd.io/snapshot/nydus-bootstrap";
+/// `true` on a data blob.
+pub const BLOB_ANNOTATION: &str = "containerd.io/snapshot/nydus-blob";
+/// The type of a data blob that is nothing else.
+pub const BLOB_MEDIA_TYPE: &str = "application/vnd.oci.image.layer.nydus.blob.v1";
 /// How an index marks the lazily loadable one of two manifests for a platform.
 const NYDUS_FEATURE: &str = "nydus.remoteimage.v1";
 
 /// What a registry answers for a tag.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[expect(clippy::large_enum_variant, reason = "parsed and taken apart, never kept in numbers")]
 pub enum Document {
     /// One manifest per platform.
     Index(Index),
@@ -36,6 +40,9 @@ pub enum Document {
 pub struct Index {
     /// One for each platform, at least.
     pub manifests: Vec<Descriptor>,
+    /// What is said of it.
+    #[serde(default, deserialize_with = "or_default")]
+    pub annotations: BTreeMap<String, String>,
 }
 
 /// One image.
@@ -45,38 +52,54 @@ pub struct Manifest {
     pub config: Descriptor,
     /// Its layers, lowest first.
     pub layers: Vec<Descriptor>,
+    /// What is said of it.
+    #[serde(default, deserialize_with = "or_default")]
+    pub annotations: BTreeMap<String, String>,
 }
 
 /// A reference to content in the same repository.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Descriptor {
     /// What the content is.
     #[serde(default)]
     pub media_type: String,
     /// Its SHA-256.
-    #[serde(deserialize_with = "sha256")]
+    #[serde(deserialize_with = "sha256", serialize_with = "sha256_text")]
     pub digest: Digest,
     /// Its length in bytes.
     pub size: u64,
+    /// What kind of artifact it is, when it is no image.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub artifact_type: Option<String>,
     /// Whom it is for.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub platform: Option<Platform>,
     /// Everything else that is said of it.
-    #[serde(default, deserialize_with = "or_default")]
+    #[serde(default, deserialize_with = "or_default", skip_serializing_if = "BTreeMap::is_empty")]
     pub annotations: BTreeMap<String, String>,
 }
 
 /// A kind of machine.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 pub struct Platform {
     /// As Go names it: `amd64`, `arm64`.
     pub architecture: String,
     /// As Go names it: `linux`.
     pub os: String,
     /// A finer kind of architecture, such as `v8`.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub variant: Option<String>,
+    /// A version of the system it needs.
+    #[serde(rename = "os.version", default, skip_serializing_if = "Option::is_none")]
+    pub os_version: Option<String>,
     /// Features a client must have.
-    #[serde(rename = "os.features", default, deserialize_with = "or_default")]
+    #[serde(
+        rename = "os.features",
+        default,
+        deserialize_with = "or_default",
+        skip_serializing_if = "Vec::is_empty"
+    )]
     pub os_features: Vec<String>,
 }
 
@@ -103,6 +126,8 @@ impl Document {
             manifests: Option<Vec<Descriptor>>,
             config: Option<Descriptor>,
             layers: Option<Vec<Descriptor>>,
+            #[serde(default, deserialize_with = "or_default")]
+            annotations: BTreeMap<String, String>,
         }
         if bytes.len() > MANIFEST_MAX_BYTES {
             return Err(unsupported!("a manifest of {} bytes", bytes.len()));
@@ -112,24 +137,31 @@ impl Document {
         if either.schema_version != 2 {
             return Err(unsupported!("a manifest of schema {}", either.schema_version));
         }
+        let annotations = either.annotations;
         match (either.manifests, either.config, either.layers) {
-            (Some(manifests), None, None) => Ok(Document::Index(Index { manifests })),
+            (Some(manifests), None, None) => Ok(Document::Index(Index { manifests, annotations })),
             (None, Some(config), Some(layers)) => {
-                Ok(Document::Manifest(Manifest { config, layers }))
+                Ok(Document::Manifest(Manifest { config, layers, annotations }))
             }
             _ => Err(malformed!("a manifest has config and layers, an index has manifests")),
         }
     }
 }
 
+/// What a manifest refers to as the image it was made for.
+pub fn subject(manifest: &[u8]) -> Option<Descriptor> {
+    #[derive(Deserialize)]
+    struct Referrer {
+        subject: Option<Descriptor>,
+    }
+    serde_json::from_slice::<Referrer>(manifest).ok()?.subject
+}
+
 impl Index {
     /// The manifest for a platform: if several fit, one marked as lazily loadable, then one of
     /// the same variant, then the first.
     pub fn choose(&self, wanted: &Platform) -> Result<&Descriptor> {
-        let rank = |found: &Platform| {
-            let lazy = found.os_features.iter().any(|feature| feature == NYDUS_FEATURE);
-            (!lazy, found.variant != wanted.variant)
-        };
+        let rank = |found: &Platform| (!found.is_lazy(), found.variant != wanted.variant);
         let fits =
             |found: &Platform| found.os == wanted.os && found.architecture == wanted.architecture;
         let candidates = self.manifests.iter().filter_map(|manifest| {
@@ -157,12 +189,25 @@ impl Platform {
             architecture: architecture.into(),
             os: "linux".into(),
             variant,
-            os_features: Vec::new(),
+            ..Platform::default()
         }
+    }
+
+    /// Whether an index marks this one as lazily loadable.
+    pub fn is_lazy(&self) -> bool {
+        self.os_features.iter().any(|feature| feature == NYDUS_FEATURE)
     }
 }
 
 impl Manifest {
+    /// Parses what must not be an index.
+    pub fn parse(bytes: &[u8]) -> Result<Self> {
+        match Document::parse(bytes)? {
+            Document::Manifest(manifest) => Ok(manifest),
+            Document::Index(_) => Err(malformed!("an index that leads to another index")),
+        }
+    }
+
     /// The layers to load an image lazily from. `Unsupported` for an image without layers.
     pub fn nydus_layers(&self) -> Result<NydusLayers<'_>> {
         let marked = self.layers.iter().rev().find(|layer| layer.is_marked(BOOTSTRAP_ANNOTATION));
@@ -193,6 +238,11 @@ impl Descriptor {
         bytes.len() as u64 == self.size && DigestAlgorithm::Sha256.digest(bytes) == self.digest
     }
 
+    /// Whether it is a layer of a lazily loadable image, and says so.
+    pub fn is_nydus(&self) -> bool {
+        self.is_blob() || self.is_marked(BOOTSTRAP_ANNOTATION)
+    }
+
     fn is_marked(&self, annotation: &str) -> bool {
         self.annotations.get(annotation).is_some_and(|value| value == "true")
     }
@@ -208,6 +258,13 @@ fn sha256<'de, D: serde::Deserializer<'de>>(field: D) -> std::result::Result<Dig
         .strip_prefix("sha256:")
         .ok_or_else(|| serde::de::Error::custom("only sha256 digests are supported"))?;
     Digest::parse(digits).map_err(serde::de::Error::custom)
+}
+
+fn sha256_text<S: serde::Serializer>(
+    digest: &Digest,
+    serializer: S,
+) -> std::result::Result<S::Ok, S::Error> {
+    serializer.collect_str(&format_args!("sha256:{digest}"))
 }
 
 /// Some writers say `null` where there is nothing.
@@ -304,6 +361,16 @@ mod tests {
         }
         let large = vec![b' '; MANIFEST_MAX_BYTES + 1];
         assert!(matches!(Document::parse(&large), Err(Error::Unsupported(_))));
+    }
+
+    #[test]
+    fn a_descriptor_is_written_as_it_is_read() {
+        let platform = r#""platform":{"architecture":"arm","os":"linux","variant":"v7"}"#;
+        let text = descriptor(7, &format!(r#",{platform},"annotations":{{"a":"b"}}"#));
+        let read: Descriptor = serde_json::from_str(&text).unwrap();
+        let written = serde_json::to_string(&read).unwrap();
+        assert_eq!(serde_json::from_str::<Descriptor>(&written).unwrap(), read);
+        assert!(written.contains(platform) && !written.contains("null"), "{written}");
     }
 
     #[test]

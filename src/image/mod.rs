@@ -27,6 +27,7 @@ pub mod bootstrap;
 pub mod chunk_table;
 pub mod cipher;
 pub mod codec;
+pub mod compare;
 pub mod context;
 pub mod decode;
 pub mod digest;

@@ -147,6 +147,25 @@ pub fn pull_scope(repo: &str) -> String {
     format!("repository:{repo}:pull")
 }
 
+/// The scope of reading and writing a repository.
+pub fn push_scope(repo: &str) -> String {
+    format!("repository:{repo}:pull,push")
+}
+
+/// Adds scopes to those that challenges ask for, so that one token serves a whole push.
+pub fn widen(challenges: &mut [Challenge], scopes: &[String]) {
+    for challenge in challenges {
+        let Challenge::Bearer(bearer) = challenge else { continue };
+        for scope in scopes {
+            if bearer.scope.split_ascii_whitespace().any(|known| known == scope) {
+                continue;
+            }
+            bearer.scope.push(' ');
+            bearer.scope.push_str(scope);
+        }
+    }
+}
+
 /// Reads a token server's answer; `unix_now_s` only serves to see an `issued_at` in the past.
 pub fn parse_token(json: &[u8], now_ns: u64, unix_now_s: u64) -> Result<Token> {
     let bad =
@@ -329,6 +348,15 @@ mod tests {
         let plain = bearer("https://a/t");
         let url = plain.token_location(&realm, &pull_scope("x/y")).unwrap();
         assert!(url.path.ends_with("&scope=repository:x/y:pull"), "{}", url.path);
+    }
+
+    #[test]
+    fn a_widened_challenge_asks_for_everything_once() {
+        let mut offered = parse_challenges("Bearer realm=\"https://a/t\",scope=\"x y\", Basic");
+        widen(&mut offered, &["y".to_string(), push_scope("r")]);
+        let Challenge::Bearer(bearer) = &offered[0] else { panic!("a bearer first") };
+        assert_eq!(bearer.scope, "x y repository:r:pull,push");
+        assert_eq!(offered[1], Challenge::Basic);
     }
 
     #[test]

@@ -258,16 +258,27 @@ async fn receive_small(
     }
     let bytes = exchange.read_all(core, limit_bytes).await?;
     exchange.finish();
-    let mut digest = String::from("sha256:");
-    for byte in Sha256::digest(&bytes) {
-        digest.push_str(&format!("{byte:02x}"));
-    }
+    let digest = digest_of(&bytes);
     match expected {
         Some(expected) if expected != digest => {
             Err(Error::Digest(format!("{expected} was asked for and {digest} came")))
         }
         _ => Ok(Response { bytes, digest, media_type }),
     }
+}
+
+/// `sha256:...` of the bytes.
+pub fn digest_of(bytes: &[u8]) -> String {
+    hex_digest(&Sha256::digest(bytes))
+}
+
+/// `sha256:` and the hex digits of a finished hash.
+pub(super) fn hex_digest(hash: &[u8]) -> String {
+    let mut digest = String::from("sha256:");
+    for byte in hash {
+        digest.push_str(&format!("{byte:02x}"));
+    }
+    digest
 }
 
 fn check_blob_id(id: &str) -> Result<()> {

@@ -20,6 +20,9 @@ const TEXT: Range<usize> = REQUEST.end..REQUEST.end + limits::HTTP_RESPONSE_HEAD
 /// Where ciphertext lies.
 const CIPHER: Range<usize> = TEXT.end..limits::WIRE_LEASE_SIZE;
 
+/// Plaintext given to TLS at once: half of what it holds.
+const TLS_PIECE_SIZE: usize = 32 * limits::KIB;
+
 /// Bytes of the text zone.
 pub const TEXT_SIZE: usize = TEXT.end - TEXT.start;
 
@@ -137,6 +140,29 @@ impl Connection {
         }
     }
 
+    /// Sends `lease[range]`, somebody's bytes.
+    pub async fn send_from(
+        &mut self,
+        lease: Lease,
+        range: Range<usize>,
+        deadline_ns: u64,
+    ) -> (Lease, Result<()>) {
+        if self.tls.is_none() {
+            return self.send_all(lease, range, deadline_ns).await;
+        }
+        for start in range.clone().step_by(TLS_PIECE_SIZE) {
+            let end = range.end.min(start + TLS_PIECE_SIZE);
+            let written = self.tls.as_mut().map_or(Ok(()), |tls| tls.write(&lease[start..end]));
+            if let Err(error) = written {
+                return (lease, Err(error));
+            }
+            if let Err(error) = self.flush(deadline_ns).await {
+                return (lease, Err(error));
+            }
+        }
+        (lease, Ok(()))
+    }
+
     /// Receives more text to `place` of the text zone; 0 when the server closed.
     pub async fn receive_text(&mut self, place: Range<usize>, deadline_ns: u64) -> Result<usize> {
         let place = TEXT.start + place.start..TEXT.start + place.end;
@@ -205,18 +231,33 @@ impl Connection {
         }
     }
 
-    async fn send_wire(&mut self, mut range: Range<usize>, deadline_ns: u64) -> Result<()> {
+    async fn send_wire(&mut self, range: Range<usize>, deadline_ns: u64) -> Result<()> {
+        let lease = self.wire.take().expect("awake while a request is made");
+        let (lease, sent) = self.send_all(lease, range, deadline_ns).await;
+        self.wire = Some(lease);
+        sent
+    }
+
+    async fn send_all(
+        &self,
+        mut lease: Lease,
+        mut range: Range<usize>,
+        deadline_ns: u64,
+    ) -> (Lease, Result<()>) {
         while range.start < range.end {
-            let lease = self.wire.take().expect("awake while a request is made");
             let sending = self.core.send(self.fd, lease, range.clone()).by(deadline_ns);
-            let (lease, sent) = sending.await;
-            self.wire = Some(lease);
-            match sent.map_err(|error| trouble(error, "sending"))? {
-                0 => return Err(Error::unavailable("sending: the connection takes nothing")),
-                size => range.start += size,
+            let (back, sent) = sending.await;
+            lease = back;
+            match sent.map_err(|error| trouble(error, "sending")) {
+                Ok(0) => {
+                    let why = "sending: the connection takes nothing";
+                    return (lease, Err(Error::unavailable(why)));
+                }
+                Ok(size) => range.start += size,
+                Err(error) => return (lease, Err(error)),
             }
         }
-        Ok(())
+        (lease, Ok(()))
     }
 
     async fn receive_wire(&mut self, range: Range<usize>, deadline_ns: u64) -> Result<usize> {

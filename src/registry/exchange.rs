@@ -51,9 +51,8 @@ impl Exchange {
                 None => connect(core, around, line, lane, timing).await?,
             };
             connection.wake(lane).await;
-            let until_ns = timing.deadline_ns.min(core.now() + timing.timeout_ns);
             let mut text = 0..0;
-            let answered = ask(&mut connection, line, request, until_ns, &mut text).await;
+            let answered = ask(core, &mut connection, line, request, timing, &mut text).await;
             match answered {
                 Ok(head) => {
                     return Ok(Exchange {
@@ -68,7 +67,11 @@ impl Exchange {
                     });
                 }
                 // The server closed it while it was idle: nothing was lost but this try.
-                Err(error) if connection.is_reused && text.end == 0 && may_be_stale(&error) => {}
+                Err(error)
+                    if connection.is_reused
+                        && text.end == 0
+                        && request.is_repeatable()
+                        && may_be_stale(&error) => {}
                 Err(error) => return Err(late(error, core, timing.deadline_ns, "no answer")),
             }
         }

@@ -332,7 +332,7 @@ fn accepted(exchange: Exchange, ask: &Ask<'_>) -> Result<Exchange> {
 }
 
 /// What a status that is no success means.
-fn refusal(exchange: &Exchange, origin: &Origin, took_token: bool) -> Error {
+pub fn refusal(exchange: &Exchange, origin: &Origin, took_token: bool) -> Error {
     let status = exchange.head.status;
     let retry_after = exchange.header(exchange.head.retry_after);
     let retry_after_ms =
@@ -347,13 +347,13 @@ fn refusal(exchange: &Exchange, origin: &Origin, took_token: bool) -> Error {
 }
 
 /// Whether the same source may answer the same request better a little later.
-fn is_worth_retrying(error: &Error) -> bool {
+pub fn is_worth_retrying(error: &Error) -> bool {
     matches!(error, Error::Unavailable { .. } | Error::Malformed(_) | Error::Digest(_))
 }
 
 /// Waits before the next round: what the server asked for, else a growing time of which half is
 /// random. False, without waiting, when the deadline would pass first.
-async fn pause(core: &Core, error: &Error, round: u32, deadline_ns: u64) -> bool {
+pub async fn pause(core: &Core, error: &Error, round: u32, deadline_ns: u64) -> bool {
     let own_ns =
         (limits::REGISTRY_RETRY_PAUSE_NS << round.min(16)).min(limits::REGISTRY_RETRY_PAUSE_NS_MAX);
     let jittered_ns = own_ns / 2 + core.random() % (own_ns / 2).max(1);

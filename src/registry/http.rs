@@ -25,6 +25,8 @@ pub enum Method {
     Put,
     /// Continue an upload.
     Patch,
+    /// Give up an upload.
+    Delete,
     /// Open a tunnel through a proxy.
     Connect,
 }
@@ -37,6 +39,7 @@ impl Method {
             Method::Post => "POST",
             Method::Put => "PUT",
             Method::Patch => "PATCH",
+            Method::Delete => "DELETE",
             Method::Connect => "CONNECT",
         }
     }
@@ -98,6 +101,16 @@ impl<'a> RequestHead<'a> {
     pub fn content_length(&mut self, length: u64) {
         self.raw(b"Content-Length: ");
         self.number(length);
+        self.raw(b"\r\n");
+    }
+
+    /// Adds `Content-Range` for an upload's next bytes, which must not be none.
+    pub fn content_range(&mut self, range: &Range<u64>) {
+        assert!(range.start < range.end, "an empty chunk is not sent");
+        self.raw(b"Content-Range: ");
+        self.number(range.start);
+        self.raw(b"-");
+        self.number(range.end - 1);
         self.raw(b"\r\n");
     }
 
@@ -199,6 +212,10 @@ pub struct ResponseHead {
     pub content_digest: Span,
     /// Content-Type.
     pub content_type: Span,
+    /// Range: how far an upload has come.
+    pub range: Span,
+    /// OCI-Subject: the registry keeps the list of referrers itself.
+    pub subject: Span,
 }
 
 impl ResponseHead {
@@ -207,7 +224,8 @@ impl ResponseHead {
         let [a, b, c, d] = &mut self.challenges;
         let others =
             [&mut self.location, &mut self.retry_after, &mut self.content_digest, a, b, c, d];
-        for span in others.into_iter().chain([&mut self.content_type]) {
+        let more = [&mut self.content_type, &mut self.range, &mut self.subject];
+        for span in others.into_iter().chain(more) {
             span.start += distance as u16;
             span.end += distance as u16;
         }
@@ -292,6 +310,8 @@ struct Fields {
     retry_after: Span,
     content_digest: Span,
     content_type: Span,
+    range: Span,
+    subject: Span,
 }
 
 impl Fields {
@@ -338,6 +358,10 @@ impl Fields {
             once(&mut self.retry_after);
         } else if is("docker-content-digest") {
             once(&mut self.content_digest);
+        } else if is("range") {
+            once(&mut self.range);
+        } else if is("oci-subject") {
+            once(&mut self.subject);
         } else if is("www-authenticate") && self.challenge_count < self.challenges.len() {
             self.challenges[self.challenge_count] = span(bytes, value);
             self.challenge_count += 1;
@@ -377,6 +401,8 @@ impl Fields {
             retry_after: self.retry_after,
             content_digest: self.content_digest,
             content_type: self.content_type,
+            range: self.range,
+            subject: self.subject,
         })
     }
 }

@@ -17,7 +17,7 @@ use crate::registry::exchange::Exchange;
 use crate::registry::fetch::{challenges, unix_now_s};
 use crate::registry::http::Method;
 use crate::registry::pool::Peer;
-use crate::registry::request::Request;
+use crate::registry::request::{Content, Payload, Request};
 use crate::registry::resolve::within;
 use crate::registry::secret::Secret;
 use crate::registry::tokens::{Fetching, Turn};
@@ -160,7 +160,10 @@ impl Client {
             method: if form.is_some() { Method::Post } else { Method::Get },
             authorization: basic.as_ref(),
             accept: "application/json",
-            content: form.as_deref().map(|form| ("application/x-www-form-urlencoded", form)),
+            content: form.as_deref().map(|form| Content {
+                media_type: "application/x-www-form-urlencoded",
+                payload: Payload::Bytes(form.as_bytes()),
+            }),
             ..plain_request(&path)
         };
         let timing = way.timing(deadline_ns);

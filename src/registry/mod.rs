@@ -3,16 +3,19 @@
 //! A caller needs `route::Shared` (one per process), `client::Client` (one per core) and
 //! `config::Backend`. From the outside in: `client` asks a `way` (a core's side of a `route`),
 //! `fetch` goes round its sources, `login` gets tokens, `exchange` carries one request on a
-//! `connection` of the `pool`. Pure files, without I/O and without the engine: `config`,
-//! `reference`, `origin`, `secret`, `http`, `framing`, `auth`, `credentials`, `mirrors`,
-//! `redirects`, `timestamp`, `tokens`.
+//! `connection` of the `pool`. Who makes images needs more: `download` gives a whole blob, and a
+//! `repository` is written to, blob by blob by `upload`. Pure files, without I/O and without the
+//! engine: `config`, `reference`, `origin`, `secret`, `http`, `framing`, `auth`, `credentials`,
+//! `mirrors`, `redirects`, `timestamp`, `tokens`, `complaint`.
 
 pub mod auth;
 pub mod body;
 pub mod client;
+pub mod complaint;
 pub mod config;
 pub mod connection;
 pub mod credentials;
+pub mod download;
 pub mod exchange;
 pub mod fetch;
 pub mod framing;
@@ -24,6 +27,7 @@ pub mod origin;
 pub mod pool;
 pub mod redirects;
 pub mod reference;
+pub mod repository;
 pub mod request;
 pub mod resolve;
 pub mod route;
@@ -32,6 +36,7 @@ pub mod timestamp;
 pub mod tls;
 pub mod tokens;
 mod upkeep;
+pub mod upload;
 pub mod vault;
 pub mod way;
 
@@ -45,5 +50,7 @@ mod http_tests;
 mod login_tests;
 #[cfg(test)]
 mod server_tests;
+#[cfg(test)]
+mod upload_tests;
 #[cfg(test)]
 mod vault_tests;

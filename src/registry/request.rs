@@ -8,7 +8,7 @@ use std::ops::Range;
 use std::rc::Rc;
 
 use crate::config as limits;
-use crate::engine::{Core, Lane};
+use crate::engine::{Class, Core, Fd, Lane};
 use crate::error::{Error, Result};
 use crate::registry::connection::{Connection, TEXT_SIZE};
 use crate::registry::http::{Method, RequestHead, ResponseHead, parse_response};
@@ -16,9 +16,9 @@ use crate::registry::pool::{Line, Surroundings};
 use crate::registry::secret::Secret;
 
 /// What is asked.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 pub struct Request<'a> {
-    /// GET, HEAD, POST.
+    /// GET, HEAD, POST, PUT, PATCH.
     pub method: Method,
     /// The path, in parts to be joined.
     pub path: &'a [&'a str],
@@ -30,8 +30,55 @@ pub struct Request<'a> {
     pub authorization: Option<&'a Secret>,
     /// Lines checked before.
     pub lines: &'a str,
-    /// A small body with its media type.
-    pub content: Option<(&'a str, &'a str)>,
+    /// A body; the methods that write say so when there is none.
+    pub content: Option<Content<'a>>,
+}
+
+/// A body that is sent.
+#[derive(Clone, Copy)]
+pub struct Content<'a> {
+    /// The Content-Type.
+    pub media_type: &'a str,
+    /// Where its bytes are.
+    pub payload: Payload<'a>,
+}
+
+/// The bytes of a body that is sent.
+#[derive(Clone, Copy)]
+pub enum Payload<'a> {
+    /// In memory; sent again on a fresh connection when an idle one proves closed.
+    Bytes(&'a [u8]),
+    /// In a file, read as it is sent; never sent twice unasked.
+    File(FilePart<'a>),
+}
+
+/// A part of a file on its way to a registry.
+#[derive(Clone, Copy)]
+pub struct FilePart<'a> {
+    /// The file, open for reading for as long as the request takes.
+    pub fd: Fd,
+    /// Which bytes of it.
+    pub range: &'a Range<u64>,
+    /// Whether the range goes into a Content-Range.
+    pub is_chunk: bool,
+    /// Told up to where the file has been sent.
+    pub on_sent: &'a dyn Fn(u64),
+}
+
+impl Content<'_> {
+    fn size(&self) -> u64 {
+        match self.payload {
+            Payload::Bytes(bytes) => bytes.len() as u64,
+            Payload::File(part) => part.range.end - part.range.start,
+        }
+    }
+}
+
+impl Request<'_> {
+    /// Whether the request may be made again without asking what became of it.
+    pub fn is_repeatable(&self) -> bool {
+        !matches!(self.content, Some(Content { payload: Payload::File(_), .. }))
+    }
 }
 
 /// How long things may take.
@@ -108,23 +155,68 @@ async fn open_tunnel(connection: &mut Connection, line: &Line, until_ns: u64) ->
 }
 
 /// Sends a request and receives until a final head is complete; `text` is then what came after it,
-/// and on failure it is empty at 0 when no byte of an answer was seen.
+/// and on failure it is empty at 0 when no byte of an answer was seen. Every step may take
+/// `timeout_ns`: the head with what follows it in memory, each piece of a file, the answer.
 pub async fn ask(
+    core: &Core,
     connection: &mut Connection,
     line: &Line,
     request: &Request<'_>,
-    until_ns: u64,
+    timing: Timing,
     text: &mut Range<usize>,
 ) -> Result<ResponseHead> {
+    let until_ns = || timing.deadline_ns.min(core.now() + timing.timeout_ns);
     let size = write_request(connection.request_zone(), line, request)?;
-    connection.send(size, until_ns).await?;
-    if let Some((_, content)) = request.content {
-        for piece in content.as_bytes().chunks(limits::HTTP_REQUEST_HEAD_SIZE_MAX) {
-            connection.request_zone()[..piece.len()].copy_from_slice(piece);
-            connection.send(piece.len(), until_ns).await?;
+    connection.send(size, until_ns()).await?;
+    let sent = match request.content.map(|content| content.payload) {
+        None => Ok(()),
+        Some(Payload::Bytes(bytes)) => send_bytes(connection, bytes, until_ns()).await,
+        Some(Payload::File(part)) => send_file(core, connection, part, until_ns).await,
+    };
+    match sent {
+        Ok(()) => receive_head(connection, request.method, until_ns(), text).await,
+        // Who has answered before the body was through may have stopped reading it: the answer
+        // says more than the broken pipe.
+        Err(error) => {
+            let early = receive_head(connection, request.method, until_ns(), text).await;
+            let mut head = early.map_err(|_| error)?;
+            head.keep_alive = false;
+            Ok(head)
         }
     }
-    receive_head(connection, request.method, until_ns, text).await
+}
+
+async fn send_bytes(connection: &mut Connection, bytes: &[u8], until_ns: u64) -> Result<()> {
+    for piece in bytes.chunks(limits::HTTP_REQUEST_HEAD_SIZE_MAX) {
+        connection.request_zone()[..piece.len()].copy_from_slice(piece);
+        connection.send(piece.len(), until_ns).await?;
+    }
+    Ok(())
+}
+
+async fn send_file(
+    core: &Core,
+    connection: &mut Connection,
+    part: FilePart<'_>,
+    until_ns: impl Fn() -> u64,
+) -> Result<()> {
+    let mut lease = core.lease(Class::Range).await;
+    let mut left = part.range.clone();
+    while left.start < left.end {
+        let size = (left.end - left.start).min(limits::UPLOAD_PIECE_SIZE as u64) as usize;
+        let (back, got) = core.read_at(part.fd, lease, 0..size, left.start).by(until_ns()).await;
+        lease = back;
+        let size = match got.map_err(|error| error.context("reading what is uploaded"))? {
+            0 => return Err(Error::Malformed("what is uploaded has shrunk".to_owned())),
+            size => size,
+        };
+        let (back, sent) = connection.send_from(lease, 0..size, until_ns()).await;
+        lease = back;
+        sent?;
+        left.start += size as u64;
+        (part.on_sent)(left.start);
+    }
+    Ok(())
 }
 
 fn write_request(zone: &mut [u8], line: &Line, request: &Request<'_>) -> Result<usize> {
@@ -150,9 +242,14 @@ fn write_request(zone: &mut [u8], line: &Line, request: &Request<'_>) -> Result<
     if let Some(range) = request.range {
         head.range(range);
     }
-    if let Some((media_type, content)) = request.content {
-        head.header("Content-Type", &[media_type]);
-        head.content_length(content.len() as u64);
+    if let Some(content) = &request.content {
+        head.header("Content-Type", &[content.media_type]);
+        if let Payload::File(FilePart { range, is_chunk: true, .. }) = content.payload {
+            head.content_range(range);
+        }
+        head.content_length(content.size());
+    } else if matches!(request.method, Method::Post | Method::Put | Method::Patch) {
+        head.content_length(0);
     }
     head.finish()
 }

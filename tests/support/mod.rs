@@ -3,9 +3,12 @@
 #![allow(dead_code, missing_docs)]
 
 pub mod daemon;
+pub mod distribution;
+pub mod fuzzing;
 pub mod http;
 pub mod image;
 pub mod kernel;
+pub mod layouts;
 pub mod listener;
 pub mod node;
 pub mod registry;

@@ -74,6 +74,9 @@ pub struct Effect {
     /// RST after so many bytes; 0 is before the head.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reset: Option<u64>,
+    /// RST when so many bytes of the request's body have been taken; they are kept.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cut_body: Option<u64>,
     /// So many bytes less than Content-Length promises, then an orderly end.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub truncate: Option<u64>,
@@ -186,6 +189,7 @@ impl Effect {
         self.too_many = later.too_many.or(self.too_many);
         self.status = later.status.or(self.status);
         self.reset = later.reset.or(self.reset);
+        self.cut_body = later.cut_body.or(self.cut_body);
         self.truncate = later.truncate.or(self.truncate);
         self.overlong = later.overlong.or(self.overlong);
         self.stray_bytes = later.stray_bytes.or(self.stray_bytes);

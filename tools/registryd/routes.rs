@@ -44,6 +44,10 @@ pub fn serve(stream: TcpStream, door: Door, server: &Server) {
         };
         let mut reply = match reply {
             Ok(reply) => reply,
+            Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {
+                let _ = connection.reset();
+                return;
+            }
             Err(error) if error.kind() == io::ErrorKind::InvalidData => {
                 Reply::error(400, "BAD_REQUEST", &error.to_string())
             }
@@ -138,7 +142,7 @@ fn registry(
         return Ok(reply);
     }
     match (repo, kind) {
-        (Some(repo), "uploads") => uploads::answer(server, connection, request, repo, name),
+        (Some(repo), "uploads") => uploads::answer(server, connection, request, repo, name, effect),
         (Some(repo), "manifests") if request.method == "PUT" => {
             put_manifest(server, connection, request, repo, name)
         }

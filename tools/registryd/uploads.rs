@@ -4,6 +4,7 @@
 //! proved to have that digest; what a client gives up on is thrown away at the next start.
 
 use crate::Server;
+use crate::faults::Effect;
 use crate::reply::Reply;
 use crate::tree::hex_digest;
 use crate::wire::{Connection, Request, invalid};
@@ -32,6 +33,7 @@ pub fn answer(
     request: &Request,
     repo: &str,
     id: &str,
+    effect: &Effect,
 ) -> io::Result<Reply> {
     if request.method == "POST" && id.is_empty() {
         return begin(server, connection, request, repo);
@@ -40,6 +42,10 @@ pub fn answer(
         connection.read_body(request, &mut io::sink())?;
         return Ok(Reply::error(404, "BLOB_UPLOAD_UNKNOWN", "no such upload"));
     };
+    if let Some(length) = effect.cut_body {
+        connection.read_part(length, &mut OpenOptions::new().append(true).open(&path)?)?;
+        return Err(io::ErrorKind::ConnectionAborted.into());
+    }
     match request.method.as_str() {
         "PATCH" => {
             append(connection, request, &path)?;

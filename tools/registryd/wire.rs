@@ -100,6 +100,12 @@ impl Connection {
         if copied == length { Ok(copied) } else { Err(invalid("a body that is cut")) }
     }
 
+    /// Copies up to `length` bytes of a body into `sink`, and no more: the connection is of no use
+    /// afterwards.
+    pub fn read_part(&mut self, length: u64, sink: &mut dyn Write) -> io::Result<()> {
+        io::copy(&mut (&mut self.stream).take(length), sink).map(drop)
+    }
+
     pub fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.stream.get_mut().write_all(bytes)?;
         self.stream.get_mut().flush()

@@ -1,0 +1,69 @@
+//! Where the new images go: one view of every kind of place.
+//!
+//! Blobs first, in any order; then `settle`; then manifests, and the one that has a name last. So
+//! whatever ends a conversion early, no name leads to an image that is not whole.
+
+use std::path::PathBuf;
+
+use crate::error::Result;
+use crate::image::manifest::Descriptor;
+
+/// Content to be stored.
+#[derive(Clone, Debug)]
+pub struct Content {
+    /// What it is.
+    pub descriptor: Descriptor,
+    /// Its bytes.
+    pub body: Body,
+}
+
+/// Bytes to be stored.
+#[derive(Clone, Debug)]
+pub enum Body {
+    /// In memory.
+    Bytes(Vec<u8>),
+    /// In a file that the sink may move, and removes when it has what it needs.
+    File(PathBuf),
+}
+
+/// What a manifest is found by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Name<'a> {
+    /// Its digest alone: an index leads to it.
+    Digest,
+    /// A tag.
+    Tag(&'a str),
+    /// A tag, for Docker: an image of layers that any Docker can unpack.
+    Docker(&'a str),
+}
+
+/// A place images can be put.
+pub trait Sink {
+    /// Whether it has a blob, or can have it from another repository of its own registry.
+    fn has(&mut self, descriptor: &Descriptor, other_repository: Option<&str>) -> Result<bool>;
+
+    /// Begins to store content; nothing is stored twice.
+    fn put(&mut self, content: Content) -> Result<()>;
+
+    /// Waits until everything is stored.
+    fn settle(&mut self) -> Result<()>;
+
+    /// Stores a manifest or index whose parts are all there.
+    fn put_manifest(&mut self, descriptor: &Descriptor, bytes: &[u8], name: Name<'_>)
+    -> Result<()>;
+
+    /// Takes note of an image's bootstrap, where it is kept beside its layer.
+    fn put_bootstrap(&mut self, _bootstrap: &[u8]) -> Result<()> {
+        Ok(())
+    }
+
+    /// Whether it holds one image only.
+    fn is_single(&self) -> bool {
+        false
+    }
+
+    /// Makes everything visible that is not yet.
+    fn finish(&mut self) -> Result<()> {
+        Ok(())
+    }
+}
