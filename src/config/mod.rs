@@ -6,6 +6,7 @@
 
 mod cli;
 mod control;
+mod docker;
 mod door;
 mod engine;
 mod fault;
@@ -20,6 +21,7 @@ use clap::ValueEnum;
 
 pub use cli::*;
 pub use control::*;
+pub use docker::*;
 pub use door::*;
 pub use engine::*;
 pub use fault::*;

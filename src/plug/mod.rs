@@ -1,0 +1,17 @@
+//! What container engines plug in: Docker's graphdriver.
+//!
+//! This room knows neither the daemon nor the command line: that a lazily loaded image is mounted
+//! and unmounted is done by functions it is handed.
+
+pub mod beneath;
+pub mod changes;
+pub mod pack;
+pub mod stack;
+pub mod tar;
+pub mod tar_read;
+pub mod unpack;
+
+#[cfg(test)]
+mod layer_tests;
+#[cfg(test)]
+mod tar_read_tests;
