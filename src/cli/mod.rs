@@ -9,6 +9,7 @@ mod bootstraps;
 mod check;
 mod client;
 mod daemon;
+mod docker_plugin;
 mod doctor;
 mod fetch;
 mod gc;
@@ -94,6 +95,8 @@ enum Command {
     Inspect(inspect::Options),
     /// Verify an image's structure and the digest of every chunk.
     Check(check::Options),
+    /// Serve Docker as a graphdriver: images are loaded lazily or unpacked, as they are.
+    DockerPlugin(docker_plugin::Options),
     /// Find out what this machine lacks, and say what to do.
     Doctor(doctor::Options),
     /// Hold open files for a daemon; daemons start this by themselves.
@@ -146,6 +149,7 @@ fn dispatch(command: Command) -> Result<Verdict> {
         Command::Stat(options) => stat::run(&options, &mut out),
         Command::Inspect(options) => inspect::run(&options, &mut out),
         Command::Check(options) => check::run(&options, &mut out),
+        Command::DockerPlugin(options) => docker_plugin::run(&options),
         Command::Doctor(options) => doctor::run(&options, &mut out),
         Command::Keeper(options) => keeper::run(&options),
         Command::Version => {

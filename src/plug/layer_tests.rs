@@ -40,7 +40,7 @@ impl Bench {
 
 fn packed(roots: &[PathBuf]) -> Vec<u8> {
     let mut tar = Vec::new();
-    pack::pack(Stack::open(roots).expect("opens"), &mut tar).expect("packs");
+    pack::pack(Stack::open(roots, false).expect("opens"), &mut tar).expect("packs");
     tar
 }
 
@@ -253,7 +253,8 @@ fn changes_are_what_docker_diff_prints() {
         mkdir -p fresh/dir;         chmod 644 same/in/f; rm new; mkdir new; cd ..";
     shell(bench.place.path(), script);
     let (upper, lower) = ([bench.path("layer")], [bench.path("other")]);
-    let (upper, lower) = (Stack::open(&upper).expect("opens"), Stack::open(&lower).expect("opens"));
+    let (upper, lower) =
+        (Stack::open(&upper, false).expect("opens"), Stack::open(&lower, false).expect("opens"));
     let found = changes::changes(upper, lower).expect("compared");
     let letter = |kind| match kind {
         Kind::Modified => 'C',
@@ -294,7 +295,7 @@ fn several_layers_pack_as_what_they_show_together() {
         names,
         ".wh.a\nd/\nd/.wh.x\nd/y\ne/\ne/.wh..wh..opq\ne/3\ns/\ns/.wh..wh..opq\ns/n\n"
     );
-    let size = pack::size_bytes(Stack::open(&layers).expect("opens")).expect("added up");
+    let size = pack::size_bytes(Stack::open(&layers, false).expect("opens")).expect("added up");
     assert_eq!(size, 2);
 }
 
@@ -308,7 +309,7 @@ fn a_tree_too_deep_is_refused_and_one_at_the_limit_is_not() {
     tar = packed(&[bench.path("layer")]);
     assert!(!tar.is_empty());
     shell(&bench.path("layer"), "mkdir -p e; mv d e/");
-    let stack = Stack::open(&[bench.path("layer")]).expect("opens");
+    let stack = Stack::open(&[bench.path("layer")], false).expect("opens");
     assert!(matches!(pack::pack(stack, std::io::sink()), Err(Error::Unsupported(_))));
 }
 
@@ -317,7 +318,7 @@ fn links_swapped_in_while_packing_are_not_followed() {
     let bench = Bench::new();
     fs::create_dir(bench.path("layer/d")).expect("made");
     fs::write(bench.path("layer/d/f"), b"inside").expect("written");
-    let stack = Stack::open(&[bench.path("layer")]).expect("opens");
+    let stack = Stack::open(&[bench.path("layer")], false).expect("opens");
     let found = stack.find(b"d").expect("looked").expect("there");
     fs::remove_file(bench.path("layer/d/f")).expect("removed");
     symlink("/etc/passwd", bench.path("layer/d/f")).expect("made");

@@ -5,6 +5,15 @@
 
 pub mod beneath;
 pub mod changes;
+pub mod docker;
+pub mod docker_http;
+pub mod docker_image;
+pub mod docker_origin;
+pub mod docker_server;
+pub mod driver;
+pub mod driver_images;
+pub mod layers;
+pub mod overlay;
 pub mod pack;
 pub mod stack;
 pub mod tar;

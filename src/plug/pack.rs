@@ -19,6 +19,9 @@ use crate::error::{Error, Result};
 pub fn pack(stack: Stack, sink: impl Write) -> Result<()> {
     let mut packer =
         Packer { sink, links: HashMap::new(), buffer: vec![0; config::TAR_COPY_BYTES] };
+    if stack.hides() {
+        packer.head(&Member { mode: 0o755, ..blank(b".wh..wh..opq".to_vec(), Kind::File) })?;
+    }
     stack::walk(stack, Stack::default(), |visit| packer.entry(&visit))?;
     packer.write(&[0; 2 * BLOCK_BYTES])?;
     packer.sink.flush().map_err(|error| Error::io(&error, "cannot send the tar"))
@@ -132,20 +135,33 @@ fn member(path: Vec<u8>, kind: Kind, status: &FileStat) -> Member {
     let is_device = matches!(kind, Kind::Character | Kind::Block);
     let device = (major(status.st_rdev) as u32, minor(status.st_rdev) as u32);
     Member {
-        path,
-        kind,
-        link: Vec::new(),
         mode: status.st_mode & 0o7777,
         uid: status.st_uid,
         gid: status.st_gid,
         mtime: (status.st_mtime, 0),
         size: if kind == Kind::File { status.st_size as u64 } else { 0 },
         device: if is_device { device } else { (0, 0) },
-        xattrs: Vec::new(),
+        ..blank(path, kind)
     }
 }
 
 /// An empty file whose name says something about what is below.
 fn mark(path: Vec<u8>, status: &FileStat) -> Member {
-    Member { size: 0, mode: 0, device: (0, 0), ..member(path, Kind::File, status) }
+    let (uid, gid, mtime) = (status.st_uid, status.st_gid, (status.st_mtime, 0));
+    Member { uid, gid, mtime, ..blank(path, Kind::File) }
+}
+
+fn blank(path: Vec<u8>, kind: Kind) -> Member {
+    Member {
+        path,
+        kind,
+        link: Vec::new(),
+        mode: 0,
+        uid: 0,
+        gid: 0,
+        mtime: (0, 0),
+        size: 0,
+        device: (0, 0),
+        xattrs: Vec::new(),
+    }
 }

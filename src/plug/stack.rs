@@ -2,7 +2,8 @@
 //!
 //! A `Stack` is the directories that meet at one path, topmost first. Whiteouts and opaque
 //! directories count; links are never followed. What a container does meanwhile may make a walk
-//! miss or find a name, never leave the layers.
+//! miss or find a name, never leave the layers. Walks keep their own stack: a container decides how
+//! deep its directories are.
 
 use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
@@ -19,6 +20,8 @@ use crate::error::{Error, Result};
 #[derive(Debug, Default)]
 pub struct Stack {
     directories: Vec<OwnedFd>,
+    /// Whether what lies below the stack's root is hidden.
+    hides: bool,
 }
 
 /// What a stack shows under one name.
@@ -129,8 +132,8 @@ impl Found {
 }
 
 impl Stack {
-    /// The roots of layers, topmost first.
-    pub fn open(roots: &[PathBuf]) -> Result<Stack> {
+    /// The roots of layers, topmost first; `hides` says that they let nothing below them through.
+    pub fn open(roots: &[PathBuf], hides: bool) -> Result<Stack> {
         let open = |root: &PathBuf| {
             Beneath::open(root)?
                 .directory(b"")
@@ -139,7 +142,7 @@ impl Stack {
                     Error::system(errno as i32, format!("cannot open {}", root.display()))
                 })
         };
-        Ok(Stack { directories: roots.iter().map(open).collect::<Result<_>>()? })
+        Ok(Stack { directories: roots.iter().map(open).collect::<Result<_>>()?, hides })
     }
 
     /// Every name any of the layers has here, whiteouts included, sorted.
@@ -149,6 +152,11 @@ impl Stack {
             names.extend(beneath::names(directory)?);
         }
         Ok(names)
+    }
+
+    /// Whether what lies below the stack's root is hidden.
+    pub fn hides(&self) -> bool {
+        self.hides
     }
 
     /// The directory of one layer.
