@@ -72,8 +72,8 @@ pub struct Place {
 /// Docker's own notes about the images of one graphdriver, and the operator's.
 #[derive(Debug, Default)]
 pub struct ImageStore {
-    /// `DATA-ROOT/image/DRIVER`, where there is one.
-    directory: Option<PathBuf>,
+    /// Where `DATA-ROOT/image/DRIVER` may be; Docker makes it after the driver has started.
+    candidates: Vec<PathBuf>,
     settings: Settings,
 }
 
@@ -81,12 +81,14 @@ impl ImageStore {
     /// Finds Docker's notes: a driver's home is `DATA-ROOT/DRIVER`, and the driver's name may
     /// contain slashes. `image_root` says where `DATA-ROOT/image` is when that does not hold.
     pub fn beside(home: &Path, image_root: Option<&Path>, settings: Settings) -> ImageStore {
-        let guess = home.ancestors().skip(1).find_map(|root| {
-            let name = home.strip_prefix(root).ok()?;
+        let candidate = |root: &Path| {
             let images = image_root.map_or_else(|| root.join("image"), Path::to_owned);
-            Some(images.join(name)).filter(|directory| directory.join("layerdb").is_dir())
-        });
-        ImageStore { directory: guess, settings }
+            home.strip_prefix(root).map(|name| images.join(name)).ok()
+        };
+        ImageStore {
+            candidates: home.ancestors().skip(1).filter_map(candidate).collect(),
+            settings,
+        }
     }
 
     /// Where the layer with this diff id (`sha256:...`) came from.
@@ -186,7 +188,8 @@ impl ImageStore {
 
     /// None where there is no such file.
     fn read<T: serde::de::DeserializeOwned>(&self, name: &str) -> Result<Option<T>> {
-        let Some(directory) = &self.directory else { return Ok(None) };
+        let is_store = |directory: &&PathBuf| directory.join("layerdb").is_dir();
+        let Some(directory) = self.candidates.iter().find(is_store) else { return Ok(None) };
         if name.split('/').any(|part| part.is_empty() || part.starts_with('.')) {
             return Err(Error::Malformed(format!("{name:?} in Docker's image store")));
         }

@@ -1,0 +1,193 @@
+#!/usr/bin/env bash
+# Lazily loaded images on Debian's dockerd, the Nydus guide's way without its JSON by hand: pull, run, build upon, commit,
+# push, save; many containers at once; plugin, Docker and daemon restarted and killed; nothing left at the end.
+# Through the door the machine has: fanotify natively, /dev/cachefiles in the guest. FIXTURES names the folder of images.
+. "$(dirname "${BASH_SOURCE[0]}")/parts/docker.sh"
+
+FIXTURES=${FIXTURES:-$TOP/tests/fixtures}
+PLUGIN_COMMAND="$SLUICE docker-plugin --state-dir $WORK/state --apisock $SOCKET"
+RUN="run --network host --rm"
+KINDS="lz4-1m zstd-64k zran"
+
+daemon_start() {
+    "$SLUICE" daemon --cache "$WORK/cache" --apisock "$SOCKET" --state-dir "$WORK/state" >>"$WORK/daemon.log" 2>&1 &
+    daemon_pid=$!
+    wait_for "the daemon's API" curl -sf --unix-socket "$SOCKET" http://localhost/api/v1/daemon
+}
+
+counter() {
+    curl -s --unix-socket "$SOCKET" http://localhost/api/sluice/v1/stat |
+        python3 -c "import json, sys; print(json.load(sys.stdin)['counters']['$1'])"
+}
+
+registered() {
+    [ "$(curl -s --unix-socket "$SOCKET" http://localhost/api/sluice/v1/mounts |
+        python3 -c 'import json, sys; print(len(json.load(sys.stdin)["mounts"]))')" = "$1" ]
+}
+
+lazy_push() { # KIND
+    local -a others=()
+    [ "$1" != zran ] || others=("$WORK/source.blob")
+    python3 "$HERE/lazy_image.py" "$REGISTRY" "lazy/$1" v6-docker "$FIXTURES/$1" "${others[@]}"
+}
+
+# What every regular file of the tree must read as, by sha256sum.
+python3 - "$FIXTURES/tree.txt" >"$WORK/sums" <<'TXT'
+import ast, sys
+for line in open(sys.argv[1]):
+    end = line.index("' 0o") + 1
+    name, fields = ast.literal_eval(line[:end]), line[end:].split()
+    if fields[0].startswith('0o100') and '\n' not in name and '\\' not in name:
+        print(f'{fields[4]}  ./{name}')
+TXT
+cp "$FIXTURES/source.tar.gz" "$WORK/source.blob"
+mkdir -p "$WORK/build/tools/bin"
+cp /bin/busybox "$WORK/build/tools/bin/busybox"
+for applet in sh cat ls sha256sum sleep head stat echo rm mkdir touch date wc test find; do
+    ln -s busybox "$WORK/build/tools/bin/$applet"
+done
+cp "$WORK/sums" "$WORK/build/tools/sums"
+
+# --- pull and run
+
+must "the registry starts" registry_start
+must "the daemon starts" daemon_start
+must "the plugin listens" plugin_start
+must "Docker starts with the guide's driver name" docker_start
+for kind in $KINDS; do
+    must "$kind is pushed" lazy_push "$kind"
+    must "$kind is pulled" docker pull -q "$REGISTRY/lazy/$kind:v6-docker"
+    cat >"$WORK/build/Dockerfile" <<TXT
+FROM $REGISTRY/lazy/$kind:v6-docker
+COPY tools /tools
+CMD ["sh", "-c", "cd / && sha256sum -c /tools/sums >/tmp.out || head /tmp.out"]
+TXT
+    must "$kind is built upon" docker build -t "app-$kind" "$WORK/build"
+done
+check "pulling and building fetches nothing of the blobs" test "$(counter fetched_bytes)" = 0
+check "nothing is mounted yet" no_mounts
+before=$(counter fetched_bytes)
+equal "a file of a lazy image is read" "$(grep '/sizes/4096$' "$WORK/sums")" \
+    docker $RUN app-zstd-64k sh -c 'cd /; sha256sum ./sizes/4096'
+fetched=$(($(counter fetched_bytes) - before))
+size=$(stat -c %s "$FIXTURES"/zstd-64k/????????????????????????????????????????????????????????????????)
+echo "fetched $fetched of $size bytes"
+check "far fewer bytes were fetched than the image has" test "$fetched" -gt 0 -a "$fetched" -lt $((size / 4))
+check "nothing stays mounted after the container" no_mounts
+check "the daemon has forgotten the image" registered 0
+for kind in $KINDS; do
+    equal "every file of $kind is right" "" docker $RUN "app-$kind"
+done
+equal "docker inspect says where it is from" "http://$REGISTRY/lazy/zran" docker inspect -f \
+    '{{.GraphDriver.Data.LazyOrigin}}' app-zran
+
+# --- change, commit, save, push
+
+check "a container changes the image" docker run --network host --name changed app-lz4-1m sh -c \
+    'cd /; rm ./big/text-7m; echo more >>./sizes/4096; mkdir new; rm -r deep; mkdir deep; touch deep/mine'
+equal "docker diff tells it" "C /big
+D /big/text-7m
+C /deep
+D /deep/d0
+A /deep/mine
+A /new
+C /sizes
+C /sizes/4096" docker diff changed
+check "it is committed" docker commit changed "$REGISTRY/changed:1"
+check "it is pushed" docker push -q "$REGISTRY/changed:1"
+check "it is saved" docker save -o "$WORK/saved.tar" "$REGISTRY/changed:1"
+identity=$(docker images -q --no-trunc "$REGISTRY/changed:1")
+docker rm changed >/dev/null
+for image in "$REGISTRY/changed:1" app-lz4-1m "$REGISTRY/lazy/lz4-1m:v6-docker"; do
+    check "$image is removed" docker rmi "$image"
+done
+check "it is loaded" docker load -i "$WORK/saved.tar"
+equal "and is the same" "$identity" docker images -q --no-trunc "$REGISTRY/changed:1"
+look='cd /; ls big deep; head -c 5 ./sizes/4096 | wc -c; sha256sum ./big/random-5m'
+looked="big:
+link
+random-5m
+
+deep:
+mine
+5
+$(grep '/big/random-5m$' "$WORK/sums")"
+equal "and reads what was not changed from where it came" "$looked" docker $RUN "$REGISTRY/changed:1" sh -c "$look"
+check "it is exported whole" bash -c "/usr/bin/docker create --name out app-zstd-64k && /usr/bin/docker export out |
+    tar -xO big/text-7m | sha256sum | grep -q '$(grep -o '^[0-9a-f]*  ./big/text-7m' "$WORK/sums" | cut -d' ' -f1)'"
+docker rm out >/dev/null
+docker rmi "$REGISTRY/changed:1" >/dev/null
+must "lz4-1m is pulled again" docker pull -q "$REGISTRY/lazy/lz4-1m:v6-docker"
+sed -i "s#^FROM.*#FROM $REGISTRY/lazy/lz4-1m:v6-docker#" "$WORK/build/Dockerfile"
+must "lz4-1m is built upon again" docker build -q -t app-lz4-1m "$WORK/build"
+
+# --- ten containers of three images at once
+
+start_ten() {
+    local number kind
+    for number in 0 1 2 3 4 5 6 7 8 9; do
+        # shellcheck disable=SC2086
+        set -- $KINDS
+        shift $((number % 3))
+        kind=$1
+        docker run -d --network host --name "ten-$number" "app-$kind" sh -c \
+            'while [ ! -e /stop ]; do cd /; sha256sum -c /tools/sums >/out || exit 3; touch /round; sleep 1; done' &
+    done
+    wait $(jobs -p | grep -v -x -e "$plugin_pid" -e "$docker_pid" -e "$registry_pid" -e "$daemon_pid")
+}
+
+# all_go_on: each of them has read everything once more since now.
+all_go_on() {
+    local number
+    for number in 0 1 2 3 4 5 6 7 8 9; do
+        rm -f "/proc/${pids[$number]}/root/round"
+    done
+    for number in 0 1 2 3 4 5 6 7 8 9; do
+        wait_for "container $number's next round" test -e "/proc/${pids[$number]}/root/round" || return 1
+    done
+}
+
+check "ten containers start at once" start_ten
+mapfile -t pids < <(for number in 0 1 2 3 4 5 6 7 8 9; do docker inspect -f '{{.State.Pid}}' "ten-$number"; done)
+check "all of them read everything right" all_go_on
+equal "each image is mounted once" 3 bash -c "awk '\$9 == \"erofs\" || \$0 ~ / - erofs /' /proc/self/mountinfo | grep -c '$HOME_DIR'"
+plugin_kill
+check "they go on without the plugin" all_go_on
+must "the plugin starts again" plugin_start
+equal "and starts new containers" "$(grep '/sizes/4096$' "$WORK/sums")" docker $RUN app-zran sh -c 'cd /; sha256sum ./sizes/4096'
+check "the old ones go on" all_go_on
+docker rm -f ten-0 ten-3 ten-6 >/dev/null
+equal "an image goes with its last container" 2 bash -c "grep -c ' - erofs ' <(grep '/layers/' /proc/self/mountinfo)"
+check "the others go on" test "$(docker ps -q | wc -l)" = 7
+docker rm -f ten-9 >/dev/null
+
+# --- the daemon away
+
+stop "$daemon_pid" KILL
+refuse "a container of an image not mounted waits and then says why" "no daemon listens there" \
+    env PATIENCE_S=90 docker $RUN app-lz4-1m echo never
+check "it left nothing" bash -c "! grep ' - erofs ' /proc/self/mountinfo | grep -q lz4"
+(sleep 3; exec true) &
+waiting=$!
+docker $RUN app-lz4-1m echo waited >"$WORK/waited" 2>&1 &
+starting=$!
+wait "$waiting"
+must "the daemon starts again" daemon_start
+wait "$starting"
+equal "a start that waited for the daemon succeeds" waited cat "$WORK/waited"
+
+# --- the end
+
+docker ps -aq | xargs -r /usr/bin/docker rm -f >/dev/null
+check "nothing is mounted without containers" no_mounts
+check "nothing is registered" registered 0
+docker_stop
+must "Docker starts again" docker_start
+equal "a file is read after all that" "$(grep '/sizes/4096$' "$WORK/sums")" docker $RUN app-zran sh -c 'cd /; sha256sum ./sizes/4096'
+docker images -q | sort -u | xargs -r /usr/bin/docker rmi -f >/dev/null
+check "all images are removed" layers 0
+check "nothing is mounted at the end" no_mounts
+docker_stop
+stop "$plugin_pid"
+check "the daemon ends in order" stop "$daemon_pid"
+finish
