@@ -30,6 +30,10 @@ pub const DOCKER_NOTES_MAX_BYTES: u64 = 64 * MIB as u64;
 pub const DOCKER_DAEMON_WAIT_MS: u64 = 30_000;
 /// The pause between two tries.
 pub const DOCKER_DAEMON_LOOK_MS: u64 = 250;
+/// An image stays mounted so long after its last user: a container's start gets it three times.
+pub const DOCKER_IMAGE_IDLE_MS: u64 = 3_000;
+/// The pause between two looks at such images.
+pub const DOCKER_SWEEP_MS: u64 = 1_000;
 
 // The socket. Memory: 64 connections x (64 KiB in + 64 KiB out + 256 KiB of a file) = 24 MiB.
 

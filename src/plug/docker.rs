@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -112,6 +113,29 @@ impl Plugin {
             return driver.diff(&arguments.id, arguments.parent()).map(Answer::Tar);
         }
         self.json(method, &arguments).map(Answer::Json)
+    }
+
+    /// Looks after images that nobody uses any more, for one turn.
+    pub fn sweep(&self) {
+        let look = Duration::from_millis(config::DOCKER_SWEEP_MS);
+        let idle = Duration::from_millis(config::DOCKER_IMAGE_IDLE_MS);
+        match self.driver() {
+            Ok(driver) => {
+                if let Err(error) = driver.sweep(idle, look) {
+                    (self.service.say)(&error.to_string());
+                }
+                std::thread::sleep(look);
+            }
+            Err(_) => std::thread::sleep(look),
+        }
+    }
+
+    /// The plugin stops: what nobody uses is not left to a successor that may not come.
+    pub fn stop(&self) -> Result<()> {
+        match self.driver() {
+            Ok(driver) => driver.sweep(Duration::ZERO, Duration::ZERO),
+            Err(_) => Ok(()),
+        }
     }
 
     fn json(&self, method: &str, arguments: &Arguments) -> Result<Value> {

@@ -1,7 +1,7 @@
 //! The HTTP/1.1 that Docker speaks to its plugins, over any blocking stream.
 //!
-//! Requests have bodies with a length or in chunks, as long as a layer; answers are JSON, or a tar in
-//! chunks. Heads are bounded, bodies are streams. Nothing is known here of what a request means.
+//! Requests have bodies with a length or in chunks, as long as a layer; answers are JSON, or a tar
+//! in chunks. Heads are bounded, bodies are streams. Nothing is known here of what a request means.
 
 use std::io::{ErrorKind, Read, Write};
 
@@ -164,7 +164,8 @@ pub struct Body<'a, S> {
 }
 
 impl<S: Read + Write> Body<'_, S> {
-    /// Reads away what nobody wanted. False when that is too much: the connection is of no use then.
+    /// Reads away what nobody wanted. False when that is too much: the connection is of no use
+    /// then.
     pub fn drain(mut self) -> bool {
         let mut scratch = vec![0; config::DOCKER_READ_BYTES];
         let mut drained = 0;

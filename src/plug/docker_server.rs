@@ -90,6 +90,17 @@ pub fn serve(sockets: &[(Socket, Arc<Plugin>)], say: &dyn Fn(&str)) -> Result<()
     let failed = |errno: nix::Error| Error::system(errno as i32, "cannot wait for connections");
     signals.thread_block().map_err(failed)?;
     let stop = SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC).map_err(failed)?;
+    for (_, plugin) in sockets {
+        let plugin = plugin.clone();
+        let thread = std::thread::Builder::new().name("docker-sweep".to_owned());
+        thread
+            .spawn(move || {
+                loop {
+                    plugin.sweep();
+                }
+            })
+            .map_err(|error| Error::io(&error, "cannot start a thread"))?;
+    }
     let gate = Arc::new(Gate::default());
     loop {
         let mut wanted = vec![PollFd::new(stop.as_fd(), PollFlags::POLLIN)];
@@ -102,7 +113,7 @@ pub fn serve(sockets: &[(Socket, Arc<Plugin>)], say: &dyn Fn(&str)) -> Result<()
         }
         let ready: Vec<bool> = wanted.iter().map(|fd| fd.any().unwrap_or(false)).collect();
         if ready[0] {
-            return Ok(());
+            return sockets.iter().try_for_each(|(_, plugin)| plugin.stop());
         }
         for ((socket, plugin), _) in sockets.iter().zip(&ready[1..]).filter(|(_, ready)| **ready) {
             match socket.listener.accept() {
@@ -133,7 +144,7 @@ fn start(stream: UnixStream, plugin: Arc<Plugin>, gate: Arc<Gate>, say: &dyn Fn(
 }
 
 /// One connection, request by request.
-fn converse(stream: UnixStream, plugin: &Plugin) -> Result<()> {
+pub(super) fn converse(stream: UnixStream, plugin: &Plugin) -> Result<()> {
     stream.set_nonblocking(false).map_err(|error| Error::io(&error, "cannot wait for Docker"))?;
     let mut wire = Wire::new(stream);
     loop {

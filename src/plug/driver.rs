@@ -1,10 +1,10 @@
 //! The graph driver: what Docker asks of a store of layers, as functions.
 //!
 //! An ordinary image is an overlay of its layers' directories. An image whose lowest layer is a
-//! bootstrap stands on the EROFS mount of that image instead, and its bytes come when somebody reads
-//! them. Docker gets a layer as often as it likes and puts it back as often; the count survives a
-//! restart of the plugin, and what is mounted is found again: the mount itself is the truth, the
-//! count is a note beside it.
+//! bootstrap stands on the EROFS mount of that image instead, and its bytes come when somebody
+//! reads them. Docker gets a layer as often as it likes and puts it back as often; the count
+//! survives a restart of the plugin, and what is mounted is found again: the mount itself is the
+//! truth, the count is a note beside it.
 //!
 //! Locks: a layer's own, then an image's (`driver_images`). Waiting for the daemon under both holds
 //! up nobody but those who want the same.
@@ -14,6 +14,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use sha2::{Digest as _, Sha256};
 
@@ -58,8 +59,8 @@ impl Driver {
             }
         }
         for id in driver.layers.ids() {
-            // A user that never was: what nobody uses is unmounted.
-            driver.images.release(&driver.layers, &id, "")?;
+            // A user that never was: what nobody uses is unmounted later.
+            driver.images.release(&driver.layers, &id, "");
         }
         Ok(driver)
     }
@@ -126,7 +127,10 @@ impl Driver {
         let merged = self.layers.path(id, "merged");
         if !overlay::is_mounted(&merged) {
             *uses = 0;
-            self.mount(id, &record, label, &merged)?;
+            if let Err(error) = self.mount(id, &record, label, &merged) {
+                self.drop_unborn(id);
+                return Err(error);
+            }
         }
         *uses += 1;
         self.layers.set_uses(id, *uses)?;
@@ -201,7 +205,7 @@ impl Driver {
         let roots: Vec<PathBuf> = lower.iter().map(root).collect();
         let changes = Stack::open(&roots, false).and_then(|lower| changes::changes(upper, lower));
         if let Some(image) = image {
-            self.images.release(&self.layers, image, &user)?;
+            self.images.release(&self.layers, image, &user);
         }
         changes
     }
@@ -254,6 +258,13 @@ impl Driver {
         ]
     }
 
+    /// Unmounts images that nobody has used for so long, once there are some; gives up waiting for
+    /// them after `patience`.
+    pub fn sweep(&self, idle: Duration, patience: Duration) -> Result<()> {
+        self.images.wait_for_idle(patience);
+        self.images.sweep(&self.layers, idle)
+    }
+
     /// Docker stops: unmounts everything.
     pub fn cleanup(&self) -> Result<()> {
         let mut outcome = Ok(());
@@ -282,11 +293,11 @@ impl Driver {
             *uses = 0;
             self.layers.set_uses(id, 0)?;
         }
-        match self.image_below(id) {
-            Ok(Some(image)) => self.images.release(&self.layers, &image, id),
-            // A damaged layer stands on nothing that is known.
-            Ok(None) | Err(_) => Ok(()),
+        // A damaged layer stands on nothing that is known.
+        if let Ok(Some(image)) = self.image_below(id) {
+            self.images.release(&self.layers, &image, id);
         }
+        Ok(())
     }
 
     fn mount(&self, id: &str, record: &Record, label: &str, merged: &Path) -> Result<()> {
@@ -312,9 +323,19 @@ impl Driver {
         };
         let mounted = overlay.mount(&self.layers.home().join("numbers"), merged);
         if let (Err(_), Some(image)) = (&mounted, &image) {
-            self.images.release(&self.layers, image, id)?;
+            self.images.release(&self.layers, image, id);
         }
         mounted
+    }
+
+    /// Docker forgets the first layer of a new container when it cannot get it (`initMount` in
+    /// layer/layer_store.go returns without removing what it has created), and would leave it here
+    /// for ever.
+    fn drop_unborn(&self, id: &str) {
+        if id.ends_with("-init") && self.layers.uses(id).is_none() {
+            // Should this fail, too, Docker is told what failed first.
+            let _ = self.layers.remove(id);
+        }
     }
 
     /// The lazily loaded image that a layer's overlay stands on.

@@ -1,13 +1,15 @@
-//! Lazily loaded images in use: mounted for the first layer that stands on one, unmounted after the
-//! last.
+//! Lazily loaded images in use: mounted for the first layer that stands on one, unmounted some
+//! seconds after the last.
 //!
-//! Users are names: a user that comes or goes twice counts once, so a restart that finds things
-//! half done cannot miscount. The daemon mounts and unmounts; if it cannot, the mount is taken away
-//! here all the same, so that nothing stays mounted that Docker believes gone.
+//! Docker gets and puts back a layer several times on the way to a running container; an image that
+//! went each time would be registered and mounted anew each time. Users are names: one that comes
+//! or goes twice counts once, so a restart that finds things half done cannot miscount. The daemon
+//! mounts and unmounts; if it cannot, the mount is taken away here all the same, so that nothing
+//! stays mounted that Docker believes gone.
 
 use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -19,14 +21,21 @@ use super::overlay;
 use crate::config;
 use crate::error::{Error, Result};
 
+/// Mounts the image of an entry at a directory.
+pub type MountCall = Box<dyn Fn(&Value, &Path) -> Result<()> + Send + Sync>;
+/// Unmounts a directory.
+pub type UnmountCall = Box<dyn Fn(&Path) -> Result<()> + Send + Sync>;
+/// Looks at the registry of an entry.
+pub type ReachCall = Box<dyn Fn(&Value) -> Result<()> + Send + Sync>;
+
 /// What the plugin needs done by others.
 pub struct Service {
     /// Registers an image from its entry, if need be, and mounts it at a directory.
-    pub mount: Box<dyn Fn(&Value, &Path) -> Result<()> + Send + Sync>,
+    pub mount: MountCall,
     /// Unmounts it and, with its last mount, forgets it. `NotFound` if nothing is known of it.
-    pub unmount: Box<dyn Fn(&Path) -> Result<()> + Send + Sync>,
+    pub unmount: UnmountCall,
     /// Makes sure that the registry in an entry answers.
-    pub reach: Box<dyn Fn(&Value) -> Result<()> + Send + Sync>,
+    pub reach: ReachCall,
     /// Tells an operator.
     pub say: Box<dyn Fn(&str) + Send + Sync>,
     /// The domain in which images share blobs; empty for none.
@@ -35,15 +44,28 @@ pub struct Service {
 
 /// The users of each image.
 pub struct Images {
-    users: Mutex<HashMap<String, Arc<Mutex<BTreeSet<String>>>>>,
+    slots: Mutex<HashMap<String, Arc<Mutex<Slot>>>>,
+    /// Images that are mounted and have no users.
+    idle: Mutex<BTreeSet<String>>,
+    /// Told when there is one more.
+    idle_changed: Condvar,
     service: Arc<Service>,
     store: ImageStore,
+}
+
+/// One image.
+#[derive(Default)]
+struct Slot {
+    users: BTreeSet<String>,
+    /// When the last user went, while it is mounted.
+    idle_since: Option<Instant>,
 }
 
 impl Images {
     /// Nothing is in use.
     pub fn new(service: Arc<Service>, store: ImageStore) -> Images {
-        Images { users: Mutex::default(), service, store }
+        let (slots, idle, idle_changed) = Default::default();
+        Images { slots, idle, idle_changed, service, store }
     }
 
     /// Where the image of a layer comes from.
@@ -55,45 +77,69 @@ impl Images {
 
     /// Notes a user of an image that is mounted already.
     pub fn adopt(&self, id: &str, user: &str) {
-        lock(&self.slot(id)).insert(user.to_owned());
+        lock(&self.slot(id)).users.insert(user.to_owned());
     }
 
     /// Mounts the image of layer `id` unless it is mounted.
     pub fn acquire(&self, layers: &Layers, id: &str, user: &str) -> Result<()> {
         let slot = self.slot(id);
-        let mut users = lock(&slot);
+        let mut slot = lock(&slot);
         if !overlay::is_mounted(&layers.path(id, "image")) {
             self.mount(layers, id)
                 .map_err(|error| error.context("the image cannot be mounted lazily"))?;
         }
-        users.insert(user.to_owned());
+        slot.idle_since = None;
+        slot.users.insert(user.to_owned());
         Ok(())
     }
 
-    /// Unmounts the image if nobody uses it now.
-    pub fn release(&self, layers: &Layers, id: &str, user: &str) -> Result<()> {
+    /// Takes a user away; an image without users is unmounted by a later `sweep`.
+    pub fn release(&self, layers: &Layers, id: &str, user: &str) {
         let slot = self.slot(id);
-        let mut users = lock(&slot);
-        users.remove(user);
-        let place = layers.path(id, "image");
-        match users.is_empty() && overlay::is_mounted(&place) {
-            true => self.unmount(&place),
-            false => Ok(()),
+        let mut slot = lock(&slot);
+        slot.users.remove(user);
+        if slot.users.is_empty() && overlay::is_mounted(&layers.path(id, "image")) {
+            slot.idle_since = Some(Instant::now());
+            lock(&self.idle).insert(id.to_owned());
+            self.idle_changed.notify_all();
         }
+    }
+
+    /// Unmounts what has had no users for so long.
+    pub fn sweep(&self, layers: &Layers, idle: Duration) -> Result<()> {
+        let ids: Vec<String> = lock(&self.idle).iter().cloned().collect();
+        let mut outcome = Ok(());
+        for id in ids {
+            let slot = self.slot(&id);
+            let mut slot = lock(&slot);
+            if slot.idle_since.is_some_and(|since| since.elapsed() < idle) {
+                continue;
+            }
+            lock(&self.idle).remove(&id);
+            if slot.idle_since.take().is_some() {
+                outcome = outcome.and(self.unmount(&layers.path(&id, "image")));
+            }
+        }
+        outcome
+    }
+
+    /// Waits until there is something to sweep, not longer than `patience`.
+    pub fn wait_for_idle(&self, patience: Duration) {
+        let is_empty = |idle: &mut BTreeSet<String>| idle.is_empty();
+        drop(self.idle_changed.wait_timeout_while(lock(&self.idle), patience, is_empty));
     }
 
     /// Unmounts the image whoever uses it, and lets the daemon forget it, should it still know it.
     pub fn forget(&self, layers: &Layers, id: &str) -> Result<()> {
         let slot = self.slot(id);
-        let mut users = lock(&slot);
-        users.clear();
-        self.users.lock().unwrap_or_else(PoisonError::into_inner).remove(id);
+        let mut slot = lock(&slot);
+        *slot = Slot::default();
+        lock(&self.slots).remove(id);
         self.unmount(&layers.path(id, "image"))
     }
 
-    fn slot(&self, id: &str) -> Arc<Mutex<BTreeSet<String>>> {
-        let mut users = self.users.lock().unwrap_or_else(PoisonError::into_inner);
-        users.entry(id.to_owned()).or_default().clone()
+    fn slot(&self, id: &str) -> Arc<Mutex<Slot>> {
+        lock(&self.slots).entry(id.to_owned()).or_default().clone()
     }
 
     /// The daemon may be starting, or starting again: it is waited for, unless the operator wants
@@ -140,6 +186,7 @@ impl Images {
     }
 }
 
-fn lock(slot: &Mutex<BTreeSet<String>>) -> MutexGuard<'_, BTreeSet<String>> {
-    slot.lock().unwrap_or_else(PoisonError::into_inner)
+/// Nothing in here panics half-way through a change.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! layers/ID/layer.json   what the layer is: written under another name, synced, renamed
-//! layers/ID/diff         what the layer itself has; overlayfs's upper directory when it is writable
+//! layers/ID/diff         what the layer itself has; overlayfs's upper directory if it is writable
 //! layers/ID/work         overlayfs's own           layers/ID/merged   where Docker finds it
 //! layers/ID/image        where a lazily loaded image is mounted
 //! layers/ID/uses         how often Docker got the layer and did not put it back

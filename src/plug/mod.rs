@@ -21,6 +21,10 @@ pub mod tar_read;
 pub mod unpack;
 
 #[cfg(test)]
+mod docker_tests;
+#[cfg(test)]
+mod driver_tests;
+#[cfg(test)]
 mod layer_tests;
 #[cfg(test)]
 mod tar_read_tests;

@@ -50,14 +50,16 @@ impl Overlay {
     }
 
     /// What a committed layer is made of must be in its own directory: no file may keep its data
-    /// in a lower layer (metacopy), no directory its name (redirect_dir), no link its inode (index).
+    /// in a lower layer (metacopy), no directory its name (redirect_dir), no link its inode
+    /// elsewhere (index).
     fn options(&self, base: &str) -> Result<String> {
         let lower: Vec<String> = self.lower.iter().map(|name| format!("{base}/{name}")).collect();
         let mut options = format!(
-            "index=off,metacopy=off,redirect_dir=off,lowerdir={},upperdir={base}/{},workdir={base}/{}",
-            lower.join(":"),
-            self.upper,
-            self.work
+            "index=off,metacopy=off,redirect_dir=off,lowerdir={lower},upperdir={base}/{upper},\
+             workdir={base}/{work}",
+            lower = lower.join(":"),
+            upper = self.upper,
+            work = self.work
         );
         if !self.label.is_empty() {
             if self.label.contains(['"', '\0']) {
@@ -87,8 +89,8 @@ pub fn is_mounted(path: &Path) -> bool {
     }
 }
 
-/// Takes away all that is mounted at `path`. What is still used there is detached, and goes with its
-/// last user.
+/// Takes away all that is mounted at `path`. What is still used there is detached, and goes with
+/// its last user.
 pub fn unmount(path: &Path) -> Result<()> {
     let failed =
         |errno: Errno| Error::system(errno as i32, format!("cannot unmount {}", path.display()));

@@ -1,6 +1,6 @@
 //! A tar stream, member by member: extensions applied, sparse files laid out, everything bounded.
 //!
-//! `next` gives a member and throws away what is left of the one before; `copy` gives the content
+//! `member` gives a member and throws away what is left of the one before; `copy` gives the content
 //! of a regular file in runs, each with its place, and leaves out the holes. Nothing is kept but
 //! one head and its extensions. An archive may end without its two blocks of zeros, but not within
 //! a member.
@@ -51,7 +51,7 @@ impl<R: Read> TarReader<R> {
     }
 
     /// The next member; None at the archive's end.
-    pub fn next(&mut self) -> Result<Option<Member>> {
+    pub fn member(&mut self) -> Result<Option<Member>> {
         self.skip(self.content + self.padding)?;
         let mut extensions = Extensions::default();
         for _ in 0..config::TAR_EXTENSIONS_MAX {
@@ -68,7 +68,7 @@ impl<R: Read> TarReader<R> {
                 // Global extensions and the names of volumes: Docker passes over them, too.
                 b'g' | b'V' => self.skip(padded(head.member.size)?)?,
                 b'0' | 0 | b'1'..=b'7' | b'D' | b'S' => {
-                    return self.member(head, &block, extensions).map(Some);
+                    return self.complete(head, &block, extensions).map(Some);
                 }
                 flag => {
                     return Err(Error::Unsupported(format!(
@@ -81,7 +81,7 @@ impl<R: Read> TarReader<R> {
         Err(Error::Malformed("a layer has one extension after the other and no member".to_owned()))
     }
 
-    /// Hands the content of the regular file that `next` gave last to `sink`, with its place.
+    /// Hands the content of the regular file that `member` gave last to `sink`, with its place.
     pub fn copy(&mut self, mut sink: impl FnMut(u64, &[u8]) -> Result<()>) -> Result<()> {
         let whole = Run { offset: 0, length: self.content };
         let runs = self.sparse.take().unwrap_or_else(|| vec![whole]);
@@ -116,7 +116,8 @@ impl<R: Read> TarReader<R> {
         Ok(None)
     }
 
-    fn member(
+    /// The member of a head, its extensions applied.
+    fn complete(
         &mut self,
         head: Head,
         block: &[u8; BLOCK_BYTES],

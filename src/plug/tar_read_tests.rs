@@ -9,7 +9,7 @@ use std::process::Command;
 fn read(tar: &[u8]) -> Result<Vec<(Member, Vec<u8>)>> {
     let mut reader = TarReader::new(tar);
     let mut members = Vec::new();
-    while let Some(member) = reader.next()? {
+    while let Some(member) = reader.member()? {
         let mut content = vec![0; member.size.min(1 << 24) as usize];
         if member.kind == Kind::File {
             reader.copy(|offset, bytes| {

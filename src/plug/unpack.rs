@@ -54,7 +54,7 @@ pub fn unpack(directory: &Path, scrap: &Path, tar: impl Read) -> Result<Unpacked
         unpacked: Unpacked::default(),
     };
     let mut reader = TarReader::new(tar);
-    while let Some(mut member) = reader.next()? {
+    while let Some(mut member) = reader.member()? {
         let shown = String::from_utf8_lossy(&member.path).into_owned();
         let path = normal_path(&member.path)
             .ok_or_else(|| Error::Malformed(format!("the layer's member {shown:?} leaves it")))?;
