@@ -10,6 +10,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use serde_json::{Value, json};
 
 use super::client::{Api, query_value};
+use super::docker_daemon::DaemonBeside;
 use super::{Daemon, Verdict, output};
 use crate::config;
 use crate::error::{Error, Result};
@@ -50,6 +51,9 @@ pub struct Options {
     /// Where the plugin notes what must survive its own restart.
     #[arg(long, value_name = "DIR", default_value = config::STATE_DIR_DEFAULT)]
     state_dir: PathBuf,
+    /// Run the daemon, too, with its cache here: for a managed plugin, where nobody else does.
+    #[arg(long, value_name = "CACHE_DIR")]
+    with_daemon: Option<PathBuf>,
     #[command(flatten)]
     daemon: Daemon,
 }
@@ -64,6 +68,10 @@ pub fn run(options: &Options) -> Result<Verdict> {
     raise_descriptor_limit();
     let service = Arc::new(service(options.daemon.api(), &options.domain));
     let settings = settings(&options.settings)?;
+    let socket = options.daemon.api().socket().to_owned();
+    let start = |cache: &PathBuf| DaemonBeside::start(cache, &socket, &options.state_dir);
+    // Dropped last: the plugin's own end may still want it.
+    let _beside = options.with_daemon.as_ref().map(start).transpose()?;
     let mut served = Vec::new();
     for name in &options.names {
         check_name(name)?;

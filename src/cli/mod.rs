@@ -9,6 +9,7 @@ mod bootstraps;
 mod check;
 mod client;
 mod daemon;
+mod docker_daemon;
 mod docker_plugin;
 mod doctor;
 mod fetch;

@@ -30,6 +30,8 @@ pub const DOCKER_NOTES_MAX_BYTES: u64 = 64 * MIB as u64;
 pub const DOCKER_DAEMON_WAIT_MS: u64 = 30_000;
 /// The pause between two tries.
 pub const DOCKER_DAEMON_LOOK_MS: u64 = 250;
+/// A daemon of the plugin's own that died is started again after so long.
+pub const DOCKER_DAEMON_AGAIN_MS: u64 = 1_000;
 /// An image stays mounted so long after its last user: a container's start gets it three times.
 pub const DOCKER_IMAGE_IDLE_MS: u64 = 3_000;
 /// The pause between two looks at such images.

@@ -4,56 +4,12 @@
 # Through the door the machine has: fanotify natively, /dev/cachefiles in the guest. FIXTURES names the folder of images.
 . "$(dirname "${BASH_SOURCE[0]}")/parts/docker.sh"
 
-FIXTURES=${FIXTURES:-$TOP/tests/fixtures}
-PLUGIN_COMMAND="$SLUICE docker-plugin --state-dir $WORK/state --apisock $SOCKET"
+. "$HERE/lazy.sh"
 RUN="run --network host --rm"
-KINDS="lz4-1m zstd-64k zran"
-
-daemon_start() {
-    "$SLUICE" daemon --cache "$WORK/cache" --apisock "$SOCKET" --state-dir "$WORK/state" >>"$WORK/daemon.log" 2>&1 &
-    daemon_pid=$!
-    wait_for "the daemon's API" curl -sf --unix-socket "$SOCKET" http://localhost/api/v1/daemon
-}
-
-counter() {
-    curl -s --unix-socket "$SOCKET" http://localhost/api/sluice/v1/stat |
-        python3 -c "import json, sys; print(json.load(sys.stdin)['counters']['$1'])"
-}
-
-registered() {
-    [ "$(curl -s --unix-socket "$SOCKET" http://localhost/api/sluice/v1/mounts |
-        python3 -c 'import json, sys; print(len(json.load(sys.stdin)))')" = "$1" ]
-}
-
-images_mounted() {
-    [ "$(grep ' - erofs ' /proc/self/mountinfo | grep -c "$HOME_DIR/layers/.*/image ")" = "$1" ]
-}
-
-lazy_push() { # KIND
-    local -a others=()
-    [ "$1" != zran ] || others=("$WORK/source.blob")
-    python3 "$HERE/lazy_image.py" "$REGISTRY" "lazy/$1" v6-docker "$FIXTURES/$1" "${others[@]}"
-}
-
-# What every regular file of the tree must read as, by sha256sum.
-python3 - "$FIXTURES/tree.txt" >"$WORK/sums" <<'TXT'
-import ast, sys
-for line in open(sys.argv[1]):
-    end = line.index("' 0o") + 1
-    name, fields = ast.literal_eval(line[:end]), line[end:].split()
-    if fields[0].startswith('0o100') and '\n' not in name and '\\' not in name:
-        print(f'{fields[4]}  ./{name}')
-TXT
-cp "$FIXTURES/source.tar.gz" "$WORK/source.blob"
-mkdir -p "$WORK/build/tools/bin"
-cp /bin/busybox "$WORK/build/tools/bin/busybox"
-for applet in sh cat ls sha256sum sleep head stat echo rm mkdir touch date wc test find; do
-    ln -s busybox "$WORK/build/tools/bin/$applet"
-done
-cp "$WORK/sums" "$WORK/build/tools/sums"
 
 # --- pull and run
 
+check "systemd takes the units" systemd_accepts
 must "the registry starts" registry_start
 must "the daemon starts" daemon_start
 must "the plugin listens" plugin_start
@@ -61,17 +17,12 @@ must "Docker starts with the guide's driver name" docker_start
 for kind in $KINDS; do
     must "$kind is pushed" lazy_push "$kind"
     must "$kind is pulled" docker pull -q "$REGISTRY/lazy/$kind:v6-docker"
-    cat >"$WORK/build/Dockerfile" <<TXT
-FROM $REGISTRY/lazy/$kind:v6-docker
-COPY tools /tools
-CMD ["sh", "-c", "cd / && sha256sum -c /tools/sums >/tmp.out || head /tmp.out"]
-TXT
-    must "$kind is built upon" docker build -t "app-$kind" "$WORK/build"
+    must "$kind is built upon" lazy_build "$kind"
 done
 check "pulling and building fetches nothing of the blobs" test "$(counter fetched_bytes)" = 0
 check "nothing stays mounted" wait_for "the last unmount" no_mounts
 before=$(counter fetched_bytes)
-equal "a file of a lazy image is read" "$(grep '/sizes/4096$' "$WORK/sums")" \
+equal "a file of a lazy image is read" "$(sum_of sizes/4096)" \
     docker $RUN app-zstd-64k sh -c 'cd /; sha256sum ./sizes/4096'
 fetched=$(($(counter fetched_bytes) - before))
 size=$(stat -c %s "$FIXTURES"/zstd-64k/????????????????????????????????????????????????????????????????)
@@ -115,15 +66,14 @@ random-5m
 deep:
 mine
 5
-$(grep '/big/random-5m$' "$WORK/sums")"
+$(sum_of big/random-5m)"
 equal "and reads what was not changed from where it came" "$looked" docker $RUN "$REGISTRY/changed:1" sh -c "$look"
 check "it is exported whole" bash -c "/usr/bin/docker create --name out app-zstd-64k && /usr/bin/docker export out |
-    tar -xO big/text-7m | sha256sum | grep -q '$(grep -o '^[0-9a-f]*  ./big/text-7m' "$WORK/sums" | cut -d' ' -f1)'"
+    tar -xO big/text-7m | sha256sum | grep -q '$(sum_of big/text-7m | cut -d' ' -f1)'"
 docker rm out >/dev/null
 docker rmi "$REGISTRY/changed:1" >/dev/null
 must "lz4-1m is pulled again" docker pull -q "$REGISTRY/lazy/lz4-1m:v6-docker"
-sed -i "s#^FROM.*#FROM $REGISTRY/lazy/lz4-1m:v6-docker#" "$WORK/build/Dockerfile"
-must "lz4-1m is built upon again" docker build -q -t app-lz4-1m "$WORK/build"
+must "lz4-1m is built upon again" lazy_build lz4-1m
 
 # --- ten containers of three images at once
 
@@ -158,7 +108,7 @@ check "each image is mounted once" images_mounted 3
 plugin_kill
 check "they go on without the plugin" all_go_on
 must "the plugin starts again" plugin_start
-equal "and starts new containers" "$(grep '/sizes/4096$' "$WORK/sums")" docker $RUN app-zran sh -c 'cd /; sha256sum ./sizes/4096'
+equal "and starts new containers" "$(sum_of sizes/4096)" docker $RUN app-zran sh -c 'cd /; sha256sum ./sizes/4096'
 check "the old ones go on" all_go_on
 docker rm -f ten-0 ten-3 ten-6 >/dev/null
 check "the others go on" test "$(docker ps -q | wc -l)" = 7
@@ -167,7 +117,7 @@ check "an image goes with its last container" wait_for "its unmount" images_moun
 
 # --- the daemon away
 
-stop "$daemon_pid" KILL
+daemon_kill
 refuse "a container of an image not mounted waits and then says why" "no daemon listens there" \
     env PATIENCE_S=90 docker $RUN app-lz4-1m echo never
 check "it left nothing" bash -c "! grep ' - erofs ' /proc/self/mountinfo | grep -q lz4"
@@ -187,7 +137,7 @@ check "nothing is mounted without containers" wait_for "the last unmount" no_mou
 check "nothing is registered" registered 0
 docker_stop
 must "Docker starts again" docker_start
-equal "a file is read after all that" "$(grep '/sizes/4096$' "$WORK/sums")" docker $RUN app-zran sh -c 'cd /; sha256sum ./sizes/4096'
+equal "a file is read after all that" "$(sum_of sizes/4096)" docker $RUN app-zran sh -c 'cd /; sha256sum ./sizes/4096'
 for kind in $KINDS; do
     docker rmi "app-$kind" "$REGISTRY/lazy/$kind:v6-docker" >/dev/null
 done

@@ -3,7 +3,6 @@
 # plugin in between, and nothing left at the end. Lazily loaded images are in lazy.sh.
 . "$(dirname "${BASH_SOURCE[0]}")/parts/docker.sh"
 
-PLUGIN_COMMAND="$SLUICE docker-plugin --state-dir $WORK/state"
 RUN="run --network host --rm"
 
 # --- pull, run
@@ -110,7 +109,7 @@ plugin_kill
 touch -r "$seen" "$WORK/before"
 check "the container goes on without the plugin" wait_for "a newer file" test "$seen" -nt "$WORK/before"
 must "the plugin starts again" plugin_start
-check "a second one is refused" bash -c "! $PLUGIN_COMMAND"
+refuse "a second one is refused" "another plugin" $(command_of sluice-docker.service)
 equal "a new container starts" hello docker $RUN "$REGISTRY/app:2" echo hello
 equal "the old one has its files" new docker exec goes-on cat /etc/new
 check "it is stopped" docker stop -t 1 goes-on

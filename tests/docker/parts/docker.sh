@@ -18,6 +18,7 @@ if [ -z "${DOCKER_SUITE_WORK:-}" ]; then
     exit
 fi
 set -u
+PATH=/usr/sbin:/usr/bin:/sbin:/bin
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 TOP=$(cd "$HERE/../../.." && pwd)
 SLUICE=${SLUICE:-$(command -v sluice || echo "$TOP/target/release/sluice")}
@@ -32,9 +33,18 @@ WORK=$DOCKER_SUITE_WORK
 SOCKET=/run/sluice.sock
 HOME_DIR=$WORK/docker/$NAME
 export DOCKER_CONFIG=$WORK/cli DOCKER_HOST=unix:///run/docker.sock DOCKER_BUILDKIT=0
-mkdir -p "$DOCKER_CONFIG" /etc/docker
-mount -t tmpfs tmpfs /run
-mount -t tmpfs tmpfs /etc/docker
+DEPLOY=$TOP/tools/deploy
+mkdir -p "$DOCKER_CONFIG" /etc/docker "$WORK/state" "$WORK/bin"
+for place in /run /etc/docker /var/lib /usr/local/bin; do
+    mount -t tmpfs tmpfs "$place"
+done
+# What the units in tools/deploy say is run as they say it.
+mkdir -p /var/lib/sluice /var/lib/docker
+mount --bind "$WORK/state" /var/lib/sluice
+cp "$SLUICE" /usr/local/bin/sluice
+# Never an operator's credentials.
+export HOME=$WORK/home
+mkdir -p "$HOME"
 ip link set lo up
 docker() { timeout "$PATIENCE_S" /usr/bin/docker "$@" </dev/null; }
 
@@ -111,11 +121,34 @@ stop() { # PID [SIGNAL]
     return 0
 }
 
-# --- the plugin
+# command_of UNIT: what systemd would run.
+command_of() {
+    sed -n 's/^ExecStart=//p' "$DEPLOY/$1"
+}
+
+systemd_accepts() {
+    command -v systemd-analyze >/dev/null || return 0
+    # It looks at neighbours, so the units lie alone.
+    mkdir -p "$WORK/units" && cp "$DEPLOY"/sluice.service "$DEPLOY"/sluice-docker.service "$WORK/units/" &&
+        systemd-analyze verify "$WORK"/units/*.service
+}
+
+# --- the daemon and the plugin
+
+daemon_start() {
+    # shellcheck disable=SC2046
+    setsid $(command_of sluice.service) >>"$WORK/daemon.log" 2>&1 &
+    daemon_pid=$!
+    wait_for "the daemon's API" curl -sf --unix-socket "$SOCKET" http://localhost/api/v1/daemon
+}
+
+daemon_kill() {
+    stop "$daemon_pid" KILL
+}
 
 plugin_start() {
-    # shellcheck disable=SC2086
-    $PLUGIN_COMMAND "$@" >>"$WORK/plugin.log" 2>&1 &
+    # shellcheck disable=SC2046
+    $(command_of sluice-docker.service) >>"$WORK/plugin.log" 2>&1 &
     plugin_pid=$!
     wait_for "the plugin's socket" test -S "/run/docker/plugins/$NAME.sock"
 }
@@ -129,9 +162,7 @@ plugin_kill() {
 # --- Docker
 
 docker_start() {
-    cat >/etc/docker/daemon.json <<TXT
-{ "experimental": true, "storage-driver": "$NAME" }
-TXT
+    cp "${DAEMON_JSON:-$DEPLOY/docker-daemon.json}" /etc/docker/daemon.json
     setsid /usr/sbin/dockerd --data-root "$WORK/docker" --exec-root /run/docker-exec --pidfile /run/docker.pid \
         -H "$DOCKER_HOST" --iptables=false --ip6tables=false --bridge=none --ip-forward=false --ip-masq=false \
         --userland-proxy=false "$@" >>"$WORK/dockerd.log" 2>&1 &
