@@ -130,6 +130,21 @@ must "the daemon starts again" daemon_start
 wait "$starting"
 equal "a start that waited for the daemon succeeds" waited cat "$WORK/waited"
 
+# --- what happens at a start is the operator's choice
+
+echo "{\"repositories\": {\"$REGISTRY/lazy/zstd-64k\": {\"start\": \"fail\"}}}" >/etc/sluice/docker.json
+stop "$plugin_pid"
+must "the plugin starts with a setting" plugin_start
+docker ps -aq | xargs -r /usr/bin/docker rm -f >/dev/null
+check "all images are unmounted" wait_for "the last unmount" no_mounts
+stop "$registry_pid"
+began=$SECONDS
+refuse "without its registry an image of that setting does not start" "$REGISTRY" docker $RUN app-zstd-64k echo never
+check "and says so soon" test $((SECONDS - began)) -lt 30
+equal "another one does: what is here is read" "$(sum_of sizes/4096)" docker $RUN app-zran sh -c 'cd /; sha256sum ./sizes/4096'
+must "the registry starts again" registry_start
+equal "then the first starts, too" "$(sum_of sizes/4096)" docker $RUN app-zstd-64k sh -c 'cd /; sha256sum ./sizes/4096'
+
 # --- the end
 
 docker ps -aq | xargs -r /usr/bin/docker rm -f >/dev/null

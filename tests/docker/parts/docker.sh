@@ -34,14 +34,15 @@ SOCKET=/run/sluice.sock
 HOME_DIR=$WORK/docker/$NAME
 export DOCKER_CONFIG=$WORK/cli DOCKER_HOST=unix:///run/docker.sock DOCKER_BUILDKIT=0
 DEPLOY=$TOP/tools/deploy
-mkdir -p "$DOCKER_CONFIG" /etc/docker "$WORK/state" "$WORK/bin"
-for place in /run /etc/docker /var/lib /usr/local/bin; do
-    mount -t tmpfs tmpfs "$place"
-done
-# What the units in tools/deploy say is run as they say it.
-mkdir -p /var/lib/sluice /var/lib/docker
+mkdir -p "$DOCKER_CONFIG" "$WORK"/{state,bin,etc,etc-work}
+# What the units in tools/deploy say is run as they say it; what it writes outside its own directories stays in here.
+cp "$SLUICE" "$WORK/bin/sluice"
+mount --bind "$WORK/bin" /usr/local/bin
+mount -t overlay -o "lowerdir=/etc,upperdir=$WORK/etc,workdir=$WORK/etc-work" overlay /etc
+mount -t tmpfs tmpfs /run
+mount -t tmpfs tmpfs /var/lib
+mkdir -p /etc/docker /etc/sluice /var/lib/sluice /var/lib/docker
 mount --bind "$WORK/state" /var/lib/sluice
-cp "$SLUICE" /usr/local/bin/sluice
 # Never an operator's credentials.
 export HOME=$WORK/home
 mkdir -p "$HOME"
@@ -114,10 +115,13 @@ gone() {
     ! kill -0 "$1" 2>/dev/null || grep -q '^State:.Z' "/proc/$1/status"
 }
 
-stop() { # PID [SIGNAL]
+# stop PID [SIGNAL]: sends it and waits for the end; fails if there is none.
+stop() {
     [ -n "$1" ] || return 0
     kill "-${2:-TERM}" "$1" 2>/dev/null
-    wait_for "the end of process $1" gone "$1" && wait "$1" 2>/dev/null
+    wait_for "the end of process $1" gone "$1" || return 1
+    # The shell would print that it was killed.
+    wait "$1" 2>/dev/null
     return 0
 }
 
