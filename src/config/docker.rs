@@ -59,6 +59,8 @@ pub const DOCKER_DRAIN_MAX_BYTES: u64 = 16 * MIB as u64;
 pub const DOCKER_IDLE_MS: u64 = 3_600_000;
 /// Docker may be silent this long within a request: it forwards a download.
 pub const DOCKER_PATIENCE_MS: u64 = 600_000;
+/// Calls under way at a stop may take so long; systemd waits 90 s.
+pub const DOCKER_STOP_WAIT_MS: u64 = 20_000;
 /// Accepting rests so long after the process ran out of descriptors.
 pub const DOCKER_ACCEPT_PAUSE_MS: u64 = 100;
 

@@ -61,28 +61,37 @@ impl Drop for Socket {
     }
 }
 
-/// How many connections are open.
+/// How many there are of something, and who waits for them to be fewer.
 #[derive(Default)]
-struct Gate {
-    open: Mutex<usize>,
+pub(super) struct Gate {
+    inside: Mutex<usize>,
     changed: Condvar,
 }
 
 impl Gate {
-    fn enter(&self) {
-        let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        let full = |open: &mut usize| *open >= config::DOCKER_CONNECTIONS_MAX;
-        let mut open = self.changed.wait_while(open, full).unwrap_or_else(PoisonError::into_inner);
-        *open += 1;
+    /// Waits until fewer than `most` are inside.
+    fn enter(&self, most: usize) {
+        let inside = self.inside.lock().unwrap_or_else(PoisonError::into_inner);
+        let full = |inside: &mut usize| *inside >= most;
+        let mut inside =
+            self.changed.wait_while(inside, full).unwrap_or_else(PoisonError::into_inner);
+        *inside += 1;
     }
 
     fn leave(&self) {
-        *self.open.lock().unwrap_or_else(PoisonError::into_inner) -= 1;
+        *self.inside.lock().unwrap_or_else(PoisonError::into_inner) -= 1;
         self.changed.notify_all();
+    }
+
+    /// Waits until nobody is inside, but not for ever.
+    fn wait_empty(&self, patience: Duration) {
+        let inside = self.inside.lock().unwrap_or_else(PoisonError::into_inner);
+        drop(self.changed.wait_timeout_while(inside, patience, |inside| *inside > 0));
     }
 }
 
-/// Serves until SIGTERM or SIGINT. Mounts stay: a successor finds them.
+/// Serves until SIGTERM or SIGINT, and lets calls that are under way end. Mounts stay: a successor
+/// finds them.
 pub fn serve(sockets: &[(Socket, Arc<Plugin>)], say: &dyn Fn(&str)) -> Result<()> {
     let mut signals = SigSet::empty();
     signals.add(Signal::SIGTERM);
@@ -101,7 +110,7 @@ pub fn serve(sockets: &[(Socket, Arc<Plugin>)], say: &dyn Fn(&str)) -> Result<()
             })
             .map_err(|error| Error::io(&error, "cannot start a thread"))?;
     }
-    let gate = Arc::new(Gate::default());
+    let (connections, calls) = (Arc::new(Gate::default()), Arc::new(Gate::default()));
     loop {
         let mut wanted = vec![PollFd::new(stop.as_fd(), PollFlags::POLLIN)];
         wanted.extend(
@@ -113,11 +122,15 @@ pub fn serve(sockets: &[(Socket, Arc<Plugin>)], say: &dyn Fn(&str)) -> Result<()
         }
         let ready: Vec<bool> = wanted.iter().map(|fd| fd.any().unwrap_or(false)).collect();
         if ready[0] {
+            calls.wait_empty(Duration::from_millis(config::DOCKER_STOP_WAIT_MS));
             return sockets.iter().try_for_each(|(_, plugin)| plugin.stop());
         }
         for ((socket, plugin), _) in sockets.iter().zip(&ready[1..]).filter(|(_, ready)| **ready) {
             match socket.listener.accept() {
-                Ok((stream, _)) => start(stream, plugin.clone(), gate.clone(), say),
+                Ok((stream, _)) => {
+                    connections.enter(config::DOCKER_CONNECTIONS_MAX);
+                    start(stream, plugin.clone(), connections.clone(), calls.clone(), say);
+                }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {}
                 Err(error) => {
                     say(&format!("a connection of Docker was lost: {error}"));
@@ -128,23 +141,28 @@ pub fn serve(sockets: &[(Socket, Arc<Plugin>)], say: &dyn Fn(&str)) -> Result<()
     }
 }
 
-fn start(stream: UnixStream, plugin: Arc<Plugin>, gate: Arc<Gate>, say: &dyn Fn(&str)) {
-    gate.enter();
-    let at_end = gate.clone();
+fn start(
+    stream: UnixStream,
+    plugin: Arc<Plugin>,
+    connections: Arc<Gate>,
+    calls: Arc<Gate>,
+    say: &dyn Fn(&str),
+) {
+    let at_end = connections.clone();
     let thread = std::thread::Builder::new().name("docker".to_owned());
     let started = thread.spawn(move || {
         // Whatever ends a connection, Docker sees that it ended.
-        let _ = converse(stream, &plugin);
+        let _ = converse(stream, &plugin, &calls);
         at_end.leave();
     });
     if let Err(error) = started {
-        gate.leave();
+        connections.leave();
         say(&format!("no thread for a connection of Docker: {error}"));
     }
 }
 
 /// One connection, request by request.
-pub(super) fn converse(stream: UnixStream, plugin: &Plugin) -> Result<()> {
+pub(super) fn converse(stream: UnixStream, plugin: &Plugin, calls: &Gate) -> Result<()> {
     stream.set_nonblocking(false).map_err(|error| Error::io(&error, "cannot wait for Docker"))?;
     let mut wire = Wire::new(stream);
     loop {
@@ -166,7 +184,10 @@ pub(super) fn converse(stream: UnixStream, plugin: &Plugin) -> Result<()> {
             Ok(None) => return Ok(()),
             Err(error) => return wire.answer(500, &refusal(&error), false),
         };
-        if !exchange(&mut wire, &head, plugin)? {
+        calls.enter(usize::MAX);
+        let outcome = exchange(&mut wire, &head, plugin);
+        calls.leave();
+        if !outcome? {
             return Ok(());
         }
     }

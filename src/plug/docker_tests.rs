@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::docker::{Options, Plugin};
 use super::docker_origin::Settings;
-use super::docker_server::{Socket, converse};
+use super::docker_server::{Gate, Socket, converse};
 use super::driver_images::Service;
 use crate::error::Error;
 
@@ -34,7 +34,7 @@ fn plugin(place: &Path) -> Plugin {
 fn connect(plugin: &Arc<Plugin>) -> UnixStream {
     let (client, server) = UnixStream::pair().expect("a pair");
     let plugin = plugin.clone();
-    std::thread::spawn(move || converse(server, &plugin));
+    std::thread::spawn(move || converse(server, &plugin, &Gate::default()));
     client
 }
 
