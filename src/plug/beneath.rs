@@ -251,7 +251,7 @@ mod tests {
         mkdirat(&directory, "scrap", Mode::S_IRWXU).expect("made");
         mkdirat(&directory, "deep", Mode::S_IRWXU).expect("made");
         let mut at = open_directory(&directory, b"deep").expect("opens");
-        for _ in 0..5000 {
+        for _ in 0..3000 {
             fs::write(path_of(&at, b"file"), b"").expect("written");
             mkdirat(&at, "d", Mode::empty()).expect("made");
             at = open_directory(&at, b"d").expect("opens");
