@@ -30,6 +30,19 @@ echo "fetched $fetched of $size bytes"
 check "far fewer bytes were fetched than the image has" test "$fetched" -gt 0 -a "$fetched" -lt $((size / 4))
 check "nothing stays mounted after the container" wait_for "the last unmount" no_mounts
 check "the daemon has forgotten the image" registered 0
+docker run -d --network host --name half app-zran sleep 1000 >/dev/null
+equal "a container reads a file" "$(sum_of sizes/4096)" docker exec half sh -c 'cd /; sha256sum ./sizes/4096'
+daemon_kill
+must "the daemon starts after it was killed" daemon_start
+equal "the container reads all others from its successor" "" docker exec half sh -c \
+    'cd /; sha256sum -c /tools/sums >/tmp.out || head /tmp.out'
+docker rm -f half >/dev/null
+docker run -d --network host --name half app-lz4-1m sleep 1000 >/dev/null
+check "the daemon stops in order" stop "$daemon_pid"
+must "and starts again" daemon_start
+equal "a container reads everything from its successor" "" docker exec half sh -c \
+    'cd /; sha256sum -c /tools/sums >/tmp.out || head /tmp.out'
+docker rm -f half >/dev/null
 for kind in $KINDS; do
     equal "every file of $kind is right" "" docker $RUN "app-$kind"
 done
