@@ -12,6 +12,8 @@ mod client;
 mod convert;
 mod daemon;
 mod diff;
+mod docker_daemon;
+mod docker_plugin;
 mod doctor;
 mod fetch;
 mod gc;
@@ -109,6 +111,8 @@ enum Command {
     Build(build::Options),
     /// Restore an image into a directory.
     Unpack(unpack::Options),
+    /// Serve Docker as a graphdriver: images are loaded lazily or unpacked, as they are.
+    DockerPlugin(docker_plugin::Options),
     /// Find out what this machine lacks, and say what to do.
     Doctor(doctor::Options),
     /// Hold open files for a daemon; daemons start this by themselves.
@@ -166,6 +170,7 @@ fn dispatch(command: Command) -> Result<Verdict> {
         Command::Check(options) => check::run(&options, &mut out),
         Command::Build(options) => build::run(&options, &mut out),
         Command::Unpack(options) => unpack::run(&options, &mut out),
+        Command::DockerPlugin(options) => docker_plugin::run(&options),
         Command::Doctor(options) => doctor::run(&options, &mut out),
         Command::Keeper(options) => keeper::run(&options),
         Command::Version => {
