@@ -38,7 +38,6 @@ const UNSAFE_FILES: &[&str] = &["src/engine/ring.rs", "src/engine/arena.rs", "sr
     "src/image/inflate.rs", "src/daemon/sys.rs", "tests/allocations.rs"];
 const NO_NAMES: &[&str] = &["utils", "util", "common", "helpers", "helper", "misc"];
 const NO_ENDINGS: &[&str] = &["Manager", "Handler", "Helper", "Impl"];
-
 /// The path of samples whose path does not matter.
 const FILE: &str = "src/blob/map.rs";
 /// One broken rule at one line, counted from 1.
