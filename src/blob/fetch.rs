@@ -5,6 +5,7 @@
 //! again, a unit at a time; other units of the flight are not held up. Whatever happens, a flight
 //! settles every chunk it claimed and wakes everybody.
 
+use std::ops::Range;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -32,6 +33,15 @@ struct Attempt<'a> {
     end: u32,
     /// Units whose bytes were wrong.
     failed: Vec<u32>,
+    /// What ended the last GET is in the log: a chunk that was bad.
+    is_logged: bool,
+}
+
+impl<'a> Attempt<'a> {
+    fn new(id: FlightId, plan: &'a Plan, units: Range<u32>) -> Self {
+        let (next, end) = (units.start, units.end);
+        Attempt { id, plan, next, end, failed: Vec::new(), is_logged: false }
+    }
 }
 
 /// The buffers of a body that is arriving.
@@ -70,8 +80,7 @@ impl Crew {
     async fn fly(self: &Rc<Self>, id: FlightId, plan: &Plan) {
         let _inside = self.gate.enter(&self.core);
         let units = plan.run.units.clone();
-        let mut attempt =
-            Attempt { id, plan, next: units.start, end: units.end, failed: Vec::new() };
+        let mut attempt = Attempt::new(id, plan, units);
         self.fetch_run(&mut attempt).await;
         let failed = std::mem::take(&mut attempt.failed);
         for unit in failed {
@@ -85,7 +94,7 @@ impl Crew {
     /// Fetches one unit alone whose bytes were wrong the first time.
     async fn fetch_again(self: &Rc<Self>, id: FlightId, plan: &Plan, unit: u32) {
         for _ in 1..DIGEST_TRIES {
-            let mut attempt = Attempt { id, plan, next: unit, end: unit + 1, failed: Vec::new() };
+            let mut attempt = Attempt::new(id, plan, unit..unit + 1);
             self.parts.counters.count(Counter::Retries);
             self.fetch_run(&mut attempt).await;
             if attempt.failed.is_empty() {
@@ -99,16 +108,15 @@ impl Crew {
         let deadline_ns = attempt.plan.deadline_ns;
         let mut tries = 0;
         while attempt.next < attempt.end {
+            attempt.is_logged = false;
             let Err(error) = self.land(attempt).await else { continue };
             tries += 1;
             let is_over = self.core.now() >= deadline_ns || self.gate.is_closed();
             if !error.is_transient() || tries >= BODY_TRIES || is_over {
-                self.parts.journal.error(format!(
-                    "{}, units {}..{}: {error}",
-                    attempt.plan.blob.name(),
-                    attempt.next,
-                    attempt.end
-                ));
+                if !attempt.is_logged {
+                    let (name, Attempt { next, end, .. }) = (attempt.plan.blob.name(), attempt);
+                    self.parts.journal.error(format!("{name}, units {next}..{end}: {error}"));
+                }
                 return;
             }
             self.parts.counters.count(Counter::Retries);
@@ -231,6 +239,7 @@ impl Crew {
         if let Some(failure) = failure.cloned() {
             // Nothing behind it may be filled before it: the GET is made again from there.
             attempt.next = failure.unit;
+            attempt.is_logged = true;
             return (landing, Err(failure.error));
         }
         attempt.next = batch.units.end;

@@ -1,5 +1,6 @@
 #!/bin/bash
 # A manager written for nydusd starts us: by that name and as `sluice singleton`, with nydusd's options and its HTTP API.
+# doors: cachefiles
 . /guest/suite/parts/harness.sh
 
 KIND=lz4-1m

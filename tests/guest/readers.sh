@@ -1,6 +1,7 @@
 #!/bin/bash
 # Many readers at once, random and sequential, every byte compared, while another image comes and goes and the API is
 # called without pause.
+# doors: cachefiles fanotify
 . /guest/suite/parts/harness.sh
 
 READERS=64

@@ -1,6 +1,7 @@
 #!/bin/bash
 # The kernel's cache outlives registrations and restarts, and what is in it is never verified again. Whatever it still
 # holds under a name, from another image or from a daemon that verified nothing, a reader gets the image registered now.
+# doors: cachefiles
 . /guest/suite/parts/harness.sh
 
 HOST=127.0.0.1:5000
@@ -22,7 +23,7 @@ register_demo() { # BOOTSTRAP REPO [DOMAIN]
 }
 
 # Registers as demo/demo, mounts, reads everything, and takes it away again. Sets `before`: the requests that had come
-# when it was registered, dialling ahead among them.
+# when it was registered.
 shows() { # BOOTSTRAP REPO BLOB TREE
     register_demo "$1" "$2" || return 1
     before=$(requests_seen)

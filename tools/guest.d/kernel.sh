@@ -1,21 +1,32 @@
-# The guest's kernel: a prebuilt one beside the checkout, or one built once from Debian's kernel source.
-# Sourced by tools/guest. Gives: kernel_image, which sets `kernel` to the path of a bootable image in the cache.
+# The guest's kernel. For the cachefiles door a prebuilt one beside the checkout, or one built once from Debian's kernel
+# source: no distribution packages that door. For the fanotify door, or by version, a packaged one (packaged.sh).
+# Sourced by tools/guest. Gives: kernel_image WISH, which sets `kernel` to the path of a bootable image in the cache,
+# and `initrd` and `modules`, both empty for a kernel with everything in it.
 
 # shellcheck shell=bash
 
 KERNEL_CONFIG="$GUEST_PARTS/kernel.config"
 KERNEL_SERIES=6.12
+# The packaged series that the fanotify door is tested on unless a run names another.
+KERNEL_FANOTIFY=7.3
 # Compilations that this configuration needs, for the progress line only.
 KERNEL_OBJECTS=1550
 
-# GUEST_KERNEL=build asks for the build although a prebuilt kernel is there; GUEST_KERNEL=FILE names a kernel.
+# WISH is a door, a version, "build" (although a prebuilt kernel is there), or the path of a kernel.
 kernel_image() {
-    local wish=${GUEST_KERNEL:-} key prebuilt="$GUEST_TOP/../shared/kernel/bzImage-$KERNEL_SERIES"
-    if [ -n "$wish" ] && [ "$wish" != build ]; then
-        [ -f "$wish" ] || fail "GUEST_KERNEL names $wish, and there is no such file"
-        kernel=$wish
-        return
-    fi
+    local wish=$1 key prebuilt="$GUEST_TOP/../shared/kernel/bzImage-$KERNEL_SERIES"
+    initrd="" modules=""
+    case "$wish" in
+        cachefiles | build) ;;
+        fanotify) packaged_kernel "$KERNEL_FANOTIFY"; return ;;
+        */*)
+            [ -f "$wish" ] || fail "there is no kernel $wish"
+            kernel=$wish
+            return
+            ;;
+        [0-9]*) packaged_kernel "$wish"; return ;;
+        *) fail "$wish is no kernel: name a version like 6.18, a path, or build" ;;
+    esac
     key=$(sha256sum <"$KERNEL_CONFIG" | cut -c 1-12)
     kernel="$GUEST_CACHE/bzImage-$key"
     if [ ! -f "$kernel" ] && [ "$wish" != build ] && [ -f "$prebuilt" ]; then

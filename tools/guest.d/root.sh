@@ -78,7 +78,7 @@ root_unpack() {
 
 root_configure() {
     local tree=$1
-    mkdir -p "$tree"/{proc,sys,dev,run,tmp,mnt,root,payload,cache,var/tmp}
+    mkdir -p "$tree"/{proc,sys,dev,run,tmp,mnt,root,payload,cache,var/tmp,usr/lib/modules}
     printf 'root:x:0:0:root:/root:/bin/bash\nnobody:x:65534:65534:nobody:/nonexistent:/bin/false\n' >"$tree/etc/passwd"
     printf 'root:x:0:\nnogroup:x:65534:\n' >"$tree/etc/group"
     printf '127.0.0.1 localhost guest\n::1 localhost\n' >"$tree/etc/hosts"

@@ -6,7 +6,9 @@
 
 PARTS=/guest/suite/parts
 SOCKET=/run/sluice.sock
-CACHE=/cache/fscache
+DOOR=${SLUICE_DOOR:-cachefiles}
+# What the door fills: the kernel's directory, or ours.
+if [ "$DOOR" = fanotify ]; then CACHE=/cache/sluice; else CACHE=/cache/fscache; fi
 DAEMON_LOG=/tmp/daemon.log
 # Under emulation a daemon takes its time to start; nothing here waits this long unless something is wrong.
 PATIENCE_S=30
@@ -70,8 +72,10 @@ wait_for() {
 # --- the daemon
 
 daemon_start() {
+    local -a place=(--cache "$CACHE")
+    [ "$DOOR" = fanotify ] || place=(--cache /cache/sluice --fscache "$CACHE")
     mkdir -p "$CACHE"
-    sluice daemon --fscache "$CACHE" --apisock "$SOCKET" --state-dir /cache/state "$@" >>"$DAEMON_LOG" 2>&1 &
+    sluice daemon --door "$DOOR" "${place[@]}" --apisock "$SOCKET" --state-dir /cache/state "$@" >>"$DAEMON_LOG" 2>&1 &
     daemon_pid=$!
     wait_for "the daemon's API" api GET /api/v1/daemon
 }
@@ -116,13 +120,18 @@ print(json.load(open('/tmp/stat.json'))['counters']['$1'])"
 
 # --- images
 
-# register ID DOMAIN BOOTSTRAP HOST REPO: the guide's PUT.
-register() {
-    cat >/tmp/image.json <<TXT
+# entry ID DOMAIN BOOTSTRAP HOST REPO: an image as the API wants it.
+entry() {
+    cat <<TXT
 {"type":"bootstrap","id":"$1","domain_id":"$2","config":{"id":"factory1","backend_type":"registry","backend_config":
 {"scheme":"http","host":"$4","repo":"$5"},"cache_type":"fscache","cache_config":{"work_dir":"/tmp"},
 "metadata_path":"$3"}}
 TXT
+}
+
+# register ID DOMAIN BOOTSTRAP HOST REPO: the guide's PUT.
+register() {
+    entry "$@" >/tmp/image.json
     api PUT /api/v2/blobs /tmp/image.json
 }
 
@@ -136,13 +145,23 @@ mount_image() {
     timeout "$PATIENCE_S" mount -t erofs -o "fsid=$1,domain_id=$2,device=$3" none "$4"
 }
 
-# bring ID BOOTSTRAP BLOB HOST REPO PLACE: both in one.
+# bring ID BOOTSTRAP BLOB HOST REPO PLACE: both in one, the guide's way where there is one, else the daemon's.
 bring() {
-    register "$1" "$1" "$2" "$4" "$5" && mount_image "$1" "$1" "$3" "$6"
+    if [ "$DOOR" = cachefiles ]; then
+        register "$1" "$1" "$2" "$4" "$5" && mount_image "$1" "$1" "$3" "$6"
+        return
+    fi
+    mkdir -p "$6"
+    echo "{\"entry\":$(entry "$1" "$1" "$2" "$4" "$5"),\"mountpoint\":\"$6\"}" >"/tmp/wish-$1.json"
+    api PUT /api/sluice/v1/mounts "/tmp/wish-$1.json"
 }
 
 take_away() { # ID PLACE
-    umount "$2" && unregister "$1"
+    if [ "$DOOR" = cachefiles ]; then
+        umount "$2" && unregister "$1"
+    else
+        api DELETE "/api/sluice/v1/mounts?mountpoint=$2"
+    fi
 }
 
 forget_pages() {
@@ -182,21 +201,26 @@ TXT
     wait_for "docker-registry" curl -sf http://127.0.0.1:5000/v2/
 }
 
+# Those for a single byte are left out: they dial ahead, whenever they come.
+requests_logged() {
+    grep '"GET /v2/' /tmp/registry.log | grep -v '" 206 1 "'
+}
+
 # The log is written after the answer was sent: wait until it has stood still.
 requests_seen() {
     local before=-1 now
-    now=$(grep -c '"GET /v2/' /tmp/registry.log)
+    now=$(requests_logged | wc -l)
     until [ "$now" = "$before" ]; do
         sleep 0.3
         before=$now
-        now=$(grep -c '"GET /v2/' /tmp/registry.log)
+        now=$(requests_logged | wc -l)
     done
     echo "$now"
 }
 
 # asked_nothing_since COUNT: prints the requests that came all the same.
 asked_nothing_since() {
-    [ "$(requests_seen)" = "$1" ] || { grep '"GET /v2/' /tmp/registry.log | tail -n "+$(($1 + 1))"; return 1; }
+    [ "$(requests_seen)" = "$1" ] || { requests_logged | tail -n "+$(($1 + 1))"; return 1; }
 }
 
 push() { # HOST REPO TAG IMAGE_DIR [EXTRA_BLOB]
