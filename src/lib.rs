@@ -70,6 +70,7 @@ pub mod daemon;
 pub mod engine;
 pub mod error;
 pub mod image;
+pub mod plug;
 pub mod registry;
 pub mod store;
 pub mod upcall;

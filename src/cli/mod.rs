@@ -21,6 +21,7 @@ mod mount;
 mod mounts;
 mod output;
 mod progress;
+mod snapshotter;
 mod source;
 mod stat;
 mod structure;
@@ -94,6 +95,8 @@ enum Command {
     Inspect(inspect::Options),
     /// Verify an image's structure and the digest of every chunk.
     Check(check::Options),
+    /// Keep containerd's snapshots; images are loaded lazily.
+    Snapshotter(snapshotter::Options),
     /// Find out what this machine lacks, and say what to do.
     Doctor(doctor::Options),
     /// Hold open files for a daemon; daemons start this by themselves.
@@ -146,6 +149,7 @@ fn dispatch(command: Command) -> Result<Verdict> {
         Command::Stat(options) => stat::run(&options, &mut out),
         Command::Inspect(options) => inspect::run(&options, &mut out),
         Command::Check(options) => check::run(&options, &mut out),
+        Command::Snapshotter(options) => snapshotter::run(&options),
         Command::Doctor(options) => doctor::run(&options, &mut out),
         Command::Keeper(options) => keeper::run(&options),
         Command::Version => {

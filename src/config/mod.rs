@@ -11,6 +11,7 @@ mod engine;
 mod fault;
 mod image;
 mod registry;
+mod snapshotter;
 mod store;
 mod succession;
 
@@ -25,6 +26,7 @@ pub use engine::*;
 pub use fault::*;
 pub use image::*;
 pub use registry::*;
+pub use snapshotter::*;
 pub use store::*;
 pub use succession::*;
 
