@@ -21,6 +21,7 @@ mod mount;
 mod mounts;
 mod output;
 mod progress;
+mod pull;
 mod snapshotter;
 mod source;
 mod stat;
@@ -95,6 +96,8 @@ enum Command {
     Inspect(inspect::Options),
     /// Verify an image's structure and the digest of every chunk.
     Check(check::Options),
+    /// Make an image known to containerd without fetching its blobs.
+    Pull(pull::Options),
     /// Keep containerd's snapshots; images are loaded lazily.
     Snapshotter(snapshotter::Options),
     /// Find out what this machine lacks, and say what to do.
@@ -149,6 +152,7 @@ fn dispatch(command: Command) -> Result<Verdict> {
         Command::Stat(options) => stat::run(&options, &mut out),
         Command::Inspect(options) => inspect::run(&options, &mut out),
         Command::Check(options) => check::run(&options, &mut out),
+        Command::Pull(options) => pull::run(&options, &mut out),
         Command::Snapshotter(options) => snapshotter::run(&options),
         Command::Doctor(options) => doctor::run(&options, &mut out),
         Command::Keeper(options) => keeper::run(&options),
