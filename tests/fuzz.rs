@@ -13,6 +13,7 @@
 mod support;
 
 use sluice::build::{Builder, Compression, Options};
+use prost::Message as _;
 use sluice::daemon::api::route;
 use sluice::daemon::entry::Entry;
 use sluice::daemon::http::{Progress, parse as parse_request};
@@ -23,6 +24,9 @@ use sluice::image::toc::{BOOTSTRAP_NAME, TAIL_BYTES, Tail};
 use sluice::image::{
     BlobId, Bootstrap, ChunkIndex, ContextTable, Decoder, KernelView, Layout, Segmentation,
 };
+use sluice::plug::containerd_messages::CreateSnapshotRequest;
+use sluice::plug::labels;
+use sluice::plug::snapshot_filter::Filters;
 use sluice::registry::auth::{Challenge, parse_challenges, parse_token};
 use sluice::registry::config::Backend;
 use sluice::registry::credentials::DockerConfig;
@@ -270,6 +274,28 @@ fn events() {
         let events = parse_events(input).collect::<Result<Vec<_>>>()?;
         assert!(events.iter().all(|event| event.range.start <= event.range.end));
         Ok(())
+    });
+}
+
+/// What containerd's clients say of snapshots: filters, labels, and the messages they come in.
+#[test]
+fn snapshot_requests() {
+    let filter = br#"labels."containerd.io/snapshot.ref"==sha256:5b,parent=="a\x41/b",name~=|^k/|"#;
+    let labels = [("containerd.io/snapshot/cri.image-ref", "r.example:5000/app:1")];
+    let labels = labels.map(|(key, value)| (key.to_owned(), value.to_owned()));
+    let (key, parent) = ("k".to_owned(), "p".to_owned());
+    let message =
+        CreateSnapshotRequest { key, parent, labels: labels.into(), ..Default::default() };
+    fuzz("snapshot", vec![filter.to_vec(), message.encode_to_vec()], |input| {
+        let text = String::from_utf8_lossy(input).into_owned();
+        if let Ok(filters) = Filters::parse(std::slice::from_ref(&text)) {
+            filters.matches(|path| (path.len() > 1).then_some("k/1"));
+            return Ok(());
+        }
+        let message = CreateSnapshotRequest::decode(input)
+            .map_err(|error| Error::Malformed(error.to_string()))?;
+        let labels = message.labels.into_iter().collect();
+        labels::backend(&labels, labels::is_loopback).map(drop)
     });
 }
 

@@ -14,8 +14,9 @@ use crate::config;
 use crate::engine::{self, Class, Core, Lane};
 use crate::error::{Error, Result};
 use crate::image::layer;
-use crate::image::manifest::{self, Document, Manifest, Platform};
-use crate::registry::client::{BlobRef, Client, Target};
+use crate::image::manifest::{self, Descriptor, Document, Manifest, Platform};
+use crate::plug::pull::{Layer, Package, Piece};
+use crate::registry::client::{BlobRef, Client, Response, Target};
 use crate::registry::config::Backend;
 use crate::registry::reference::Reference;
 use crate::registry::route::{Route, Shared};
@@ -55,6 +56,24 @@ pub fn bootstrap(backend: &Backend, reference: &Reference) -> Result<Vec<u8>> {
     })
 }
 
+/// Everything of an image but its blobs: manifest (through an index, for this machine's platform),
+/// configuration, and the layers that are no blobs.
+///
+/// # Errors
+/// What the registry says; `Unsupported` for an image that cannot be loaded lazily.
+pub fn package(backend: &Backend, reference: &Reference) -> Result<Package> {
+    let progress = Progress::waiting(format!("fetching {reference} without its blobs"));
+    let (backend, wanted) = (backend.clone(), reference.clone());
+    let fetched = engine::block_on(move |core| async move {
+        let session = Session::open(core, &backend)?;
+        let package = session.package(&wanted).await;
+        session.client.close();
+        package
+    });
+    progress.finish();
+    fetched?.map_err(|error| error.context(reference))
+}
+
 /// Answers requests until nobody can make any. Without an engine each gets the reason.
 pub fn serve(backend: &Backend, requests: &Receiver<Request>) {
     let (backend, incoming) = (backend.clone(), requests.clone());
@@ -90,7 +109,7 @@ impl Session {
     }
 
     async fn bootstrap_layer(&self, reference: &Reference) -> Result<Vec<u8>> {
-        let manifest = self.manifest(reference).await?;
+        let (manifest, _) = self.manifest(reference).await?;
         let layers = manifest.nydus_layers()?;
         let size = layers.bootstrap.size;
         if size > config::BOOTSTRAP_LAYER_MAX_BYTES as u64 {
@@ -101,34 +120,79 @@ impl Session {
                 }
             }));
         }
-        let blob_id = layers.bootstrap.blob_id()?;
-        self.small(Target::Blob(blob_id.as_str()), "*/*", size as usize).await
+        self.blob(layers.bootstrap, config::BOOTSTRAP_LAYER_MAX_BYTES).await
     }
 
-    async fn manifest(&self, reference: &Reference) -> Result<Manifest> {
-        let limit = config::MANIFEST_MAX_BYTES;
-        let target = Target::Manifest(reference.manifest());
-        let index = match Document::parse(&self.small(target, manifest::ACCEPT, limit).await?)? {
-            Document::Manifest(manifest) => return Ok(manifest),
+    async fn package(&self, reference: &Reference) -> Result<Package> {
+        let (manifest, response) = self.manifest(reference).await?;
+        let nydus = manifest.nydus_layers()?;
+        if !nydus.is_marked {
+            return Err(Error::Unsupported(
+                "no layer is marked as a bootstrap: not a lazily loadable image; pull it with \
+                 containerd's own client"
+                    .to_owned(),
+            ));
+        }
+        let limit = config::IMAGE_CONFIG_MAX_BYTES;
+        let config = self.blob(&manifest.config, limit).await?;
+        let mut layers = Vec::new();
+        for layer in &manifest.layers {
+            let bytes = match nydus.blobs.contains(&layer) {
+                true => None,
+                false => Some(self.blob(layer, config::BOOTSTRAP_LAYER_MAX_BYTES).await?),
+            };
+            layers.push(Layer {
+                media_type: layer.media_type.clone(),
+                digest: layer.digest_text(),
+                size: layer.size,
+                is_bootstrap: layer == nydus.bootstrap,
+                bytes,
+            });
+        }
+        let media_type = manifest.config.media_type.clone();
+        let config = Piece { media_type, digest: manifest.config.digest_text(), bytes: config };
+        let (media_type, digest) = (response.media_type, response.digest);
+        let manifest = Piece { media_type, digest, bytes: response.bytes };
+        Ok(Package { reference: reference.clone(), manifest, config, layers })
+    }
+
+    async fn manifest(&self, reference: &Reference) -> Result<(Manifest, Response)> {
+        let response = self.document(reference.manifest()).await?;
+        let index = match Document::parse(&response.bytes)? {
+            Document::Manifest(manifest) => return Ok((manifest, response)),
             Document::Index(index) => index,
         };
-        let digest = index.choose(&Platform::here())?.digest_text();
-        let target = Target::Manifest(&digest);
-        match Document::parse(&self.small(target, manifest::ACCEPT, limit).await?)? {
-            Document::Manifest(manifest) => Ok(manifest),
+        let response = self.document(&index.choose(&Platform::here())?.digest_text()).await?;
+        match Document::parse(&response.bytes)? {
+            Document::Manifest(manifest) => Ok((manifest, response)),
             Document::Index(_) => {
                 Err(Error::Malformed("an index that leads to another index".to_owned()))
             }
         }
     }
 
-    async fn small(&self, target: Target<'_>, accept: &str, limit: usize) -> Result<Vec<u8>> {
+    async fn document(&self, name: &str) -> Result<Response> {
+        self.small(Target::Manifest(name), manifest::ACCEPT, config::MANIFEST_MAX_BYTES).await
+    }
+
+    /// A blob that is wanted whole, as long as its manifest says.
+    async fn blob(&self, wanted: &Descriptor, limit: usize) -> Result<Vec<u8>> {
+        let (size, id) = (wanted.size, wanted.blob_id()?);
+        if size > limit as u64 {
+            return Err(Error::Unsupported(format!("{id} has {size} bytes, {limit} at most")));
+        }
+        let response = self.small(Target::Blob(id.as_str()), "*/*", size as usize).await?;
+        match response.bytes.len() as u64 == size {
+            true => Ok(response.bytes),
+            false => Err(Error::Malformed(format!("{id} is shorter than its manifest says"))),
+        }
+    }
+
+    async fn small(&self, target: Target<'_>, accept: &str, limit: usize) -> Result<Response> {
         let deadline_ns = self.deadline_ns(limit as u64);
         let lane = Lane::Demand;
         let (core, route) = (&self.core, &self.route);
-        let response =
-            self.client.fetch_small(core, route, target, accept, limit, deadline_ns, lane).await?;
-        Ok(response.bytes)
+        self.client.fetch_small(core, route, target, accept, limit, deadline_ns, lane).await
     }
 
     async fn range(&self, blob_id: &str, range: Range<u64>) -> Result<Vec<u8>> {

@@ -27,6 +27,8 @@ mod mounts;
 mod optimize;
 mod output;
 mod progress;
+mod pull;
+mod snapshotter;
 mod source;
 mod stat;
 mod structure;
@@ -113,6 +115,10 @@ enum Command {
     Unpack(unpack::Options),
     /// Serve Docker as a graphdriver: images are loaded lazily or unpacked, as they are.
     DockerPlugin(docker_plugin::Options),
+    /// Make an image known to containerd without fetching its blobs.
+    Pull(pull::Options),
+    /// Keep containerd's snapshots; images are loaded lazily.
+    Snapshotter(snapshotter::Options),
     /// Find out what this machine lacks, and say what to do.
     Doctor(doctor::Options),
     /// Hold open files for a daemon; daemons start this by themselves.
@@ -171,6 +177,8 @@ fn dispatch(command: Command) -> Result<Verdict> {
         Command::Build(options) => build::run(&options, &mut out),
         Command::Unpack(options) => unpack::run(&options, &mut out),
         Command::DockerPlugin(options) => docker_plugin::run(&options),
+        Command::Pull(options) => pull::run(&options, &mut out),
+        Command::Snapshotter(options) => snapshotter::run(&options),
         Command::Doctor(options) => doctor::run(&options, &mut out),
         Command::Keeper(options) => keeper::run(&options),
         Command::Version => {

@@ -14,6 +14,7 @@ mod engine;
 mod fault;
 mod image;
 mod registry;
+mod snapshotter;
 mod store;
 mod succession;
 
@@ -31,6 +32,7 @@ pub use engine::*;
 pub use fault::*;
 pub use image::*;
 pub use registry::*;
+pub use snapshotter::*;
 pub use store::*;
 pub use succession::*;
 

@@ -36,7 +36,7 @@ pub fn start(lines: Receiver<Line>, file: Option<&Path>) -> Result<JoinHandle<()
 }
 
 /// RFC 3339 in UTC, to the millisecond.
-fn timestamp(time: SystemTime) -> String {
+pub fn timestamp(time: SystemTime) -> String {
     let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
     let (days, second) = (since.as_secs() / 86_400, since.as_secs() % 86_400);
     let (year, month, day) = civil(days);

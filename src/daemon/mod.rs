@@ -17,7 +17,7 @@ pub mod keeper_process;
 pub mod keeper_systemd;
 pub mod keeper_wire;
 pub mod lineage;
-mod log;
+pub mod log;
 mod mount_wish;
 pub mod mounts;
 pub mod options;
