@@ -50,21 +50,23 @@ impl Crew {
         };
         loop {
             let has_room = |&id: &FlightId| {
-                self.flights.matches(id, |plan| self.has_fetchers_left(route_key(plan)))
+                self.flights.matches(id, |plan| self.has_fetchers_left(route_key(plan, lane), lane))
             };
             let id = queue.pop(&self.core, has_room).await;
-            let plan = self.flights.plan(id);
-            self.busy_routes.borrow_mut().push(route_key(&plan));
+            // One that was promoted flies as what it has become.
+            let plan = Plan { lane, ..self.flights.plan(id) };
+            let key = route_key(&plan, lane);
+            self.busy_routes.borrow_mut().push(key);
             self.fly(id, &plan).await;
             let mut busy = self.busy_routes.borrow_mut();
-            let place = busy.iter().position(|&key| key == route_key(&plan));
+            let place = busy.iter().position(|&other| other == key);
             busy.swap_remove(place.expect("pushed above"));
         }
     }
 
-    fn has_fetchers_left(&self, key: usize) -> bool {
+    fn has_fetchers_left(&self, key: usize, lane: Lane) -> bool {
         let busy = self.busy_routes.borrow();
-        busy.iter().filter(|&&other| other == key).count() < FETCHERS_PER_ROUTE
+        busy.iter().filter(|&&other| other == key).count() < FETCHERS_PER_ROUTE[lane as usize]
     }
 
     async fn fly(self: &Rc<Self>, id: FlightId, plan: &Plan) {
@@ -290,7 +292,7 @@ impl Crew {
 }
 
 /// A number that is the same for flights of one route and lane.
-fn route_key(plan: &Plan) -> usize {
+fn route_key(plan: &Plan, lane: Lane) -> usize {
     // Routes are interned and aligned, so the lowest bit is free for the lane.
-    Arc::as_ptr(&plan.blob.route) as usize | usize::from(plan.lane == Lane::Background)
+    Arc::as_ptr(&plan.blob.route) as usize | usize::from(lane == Lane::Background)
 }

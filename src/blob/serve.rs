@@ -25,7 +25,10 @@ impl Crew {
         let wanted = layout.chunks_in(range.clone());
         self.check_presence(blob, &layout, &range, &wanted);
         let outcome = self.launch(blob, &layout, wanted.clone(), Lane::Demand, deadline_ns);
-        let ahead = blob.streams.observe(&range, layout.uncompressed_size());
+        let ahead = match span(&layout, &wanted) {
+            Some(span) => blob.streams.observe(&span, layout.uncompressed_size()),
+            None => 0..0,
+        };
         if !ahead.is_empty() && outcome.is_ok() {
             let chunks = layout.chunks_in(ahead);
             let chunks = chunks.start.max(wanted.end)..chunks.end;
@@ -118,4 +121,11 @@ impl Crew {
             }
         }
     }
+}
+
+/// The address space of a row of chunks: what is fetched for them.
+fn span(layout: &Layout, chunks: &Range<u32>) -> Option<Range<u64>> {
+    let last = layout.chunk(ChunkIndex(chunks.clone().next_back()?));
+    let start = layout.chunk(ChunkIndex(chunks.start)).uncompressed_offset;
+    Some(start..last.uncompressed_offset + u64::from(last.padded_size()))
 }
