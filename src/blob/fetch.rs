@@ -10,8 +10,9 @@ use std::sync::Arc;
 
 use super::crew::Crew;
 use super::flight::{FlightId, Plan};
+use super::latency::{Cause, Step};
 use super::plan::{Run, extent};
-use super::statistics::{Counter, Stage};
+use super::statistics::Counter;
 use super::workbench::{Batch, Job, Workbench};
 use crate::config::{
     BODY_TRIES, DECODE_INLINE_MAX_BYTES, DIGEST_TRIES, FETCHERS_PER_ROUTE, FILL_TRIES,
@@ -54,7 +55,11 @@ impl Crew {
             };
             let id = queue.pop(&self.core, has_room).await;
             // One that was promoted flies as what it has become.
-            let plan = Plan { lane, ..self.flights.plan(id) };
+            let mut plan = self.flights.plan(id);
+            if lane == Lane::Demand {
+                plan.cause = Cause::Demand;
+            }
+            self.record_step(&plan.blob, plan.cause, Step::Queue, plan.planned_ns);
             let key = route_key(&plan, lane);
             self.busy_routes.borrow_mut().push(key);
             self.fly(id, &plan).await;
@@ -81,6 +86,9 @@ impl Crew {
         }
         plan.blob.cache.release(plan.run.chunks.clone(), self.id());
         self.announce(id, plan);
+        if plan.cause != Cause::Demand {
+            self.record_step(&plan.blob, plan.cause, Step::Whole, plan.planned_ns);
+        }
         self.flights.end(id);
     }
 
@@ -123,7 +131,8 @@ impl Crew {
 
     /// One GET: from the first unsettled unit to the end of the attempt.
     async fn land(self: &Rc<Self>, attempt: &mut Attempt<'_>) -> Result<()> {
-        let Plan { blob, layout, lane, deadline_ns, .. } = attempt.plan;
+        let Plan { blob, layout, cause, deadline_ns, .. } = attempt.plan;
+        let lane = cause.lane();
         let run = Run::longest(layout, attempt.next..attempt.end);
         let range = run.compressed.clone();
         let size = (range.end - range.start) as usize;
@@ -131,8 +140,11 @@ impl Crew {
         let blob_ref = BlobRef { id: blob.id().as_str() };
         let client = &self.parts.client;
         let mut body =
-            client.open(&self.core, &blob.route, blob_ref, range, *deadline_ns, *lane).await?;
-        self.record(Stage::FirstByte, began_ns);
+            client.open(&self.core, &blob.route, blob_ref, range, *deadline_ns, lane).await?;
+        if let Some((connect_ns, first_byte_ns)) = body.waits_ns() {
+            self.record_span(blob, *cause, Step::Connect, connect_ns);
+            self.record_span(blob, *cause, Step::FirstByte, first_byte_ns);
+        }
 
         let _landing = self.landings.acquire(&self.core).await;
         let is_large = size.max(run.output_size_max as usize) > RANGE_LEASE_SIZE;
@@ -140,8 +152,8 @@ impl Crew {
             true => Some(self.large_landings.acquire(&self.core).await),
             false => None,
         };
-        let input = self.lease_of(*lane, size).await?;
-        let output = self.lease_of(*lane, run.output_size_max as usize).await?;
+        let input = self.lease_of(lane, size).await?;
+        let output = self.lease_of(lane, run.output_size_max as usize).await?;
         let bench = self.benches.borrow_mut().pop().unwrap_or_default();
         let mut landing = Landing { input, output, bench };
         let landed;
@@ -164,9 +176,10 @@ impl Crew {
     ) -> (Landing, Result<()>) {
         let layout = &attempt.plan.layout;
         let (start, size) = (run.compressed.start, run.compressed.end - run.compressed.start);
-        let (mut landed, mut is_first) = (0, true);
+        let (mut landed, mut is_first, mut waited_ns) = (0, true, 0);
         while attempt.next < run.units.end {
             let needed = (extent(&layout.unit(attempt.next)).end - start) as usize;
+            let began_ns = self.core.now();
             while landed < needed {
                 let got;
                 (landing.input, got) =
@@ -179,6 +192,7 @@ impl Crew {
                     Err(error) => return (landing, Err(error)),
                 }
             }
+            waited_ns += self.core.now() - began_ns;
             let end = if is_first { attempt.next + 1 } else { run.units.end };
             is_first = false;
             let room = landing.output.len();
@@ -190,6 +204,8 @@ impl Crew {
                 return (landing, Err(error));
             }
         }
+        let Plan { blob, cause, .. } = attempt.plan;
+        self.record_span(blob, *cause, Step::Body, waited_ns);
         (landing, Ok(()))
     }
 
@@ -200,10 +216,11 @@ impl Crew {
         mut landing: Landing,
         batch: Batch,
     ) -> (Landing, Result<()>) {
-        let Plan { blob, layout, lane, .. } = attempt.plan;
-        let began_ns = self.core.now();
+        let Plan { blob, layout, cause, .. } = attempt.plan;
+        let lane = cause.lane();
         landing = self.decode(attempt.plan, landing, batch.clone()).await;
-        self.record(Stage::Decode, began_ns);
+        self.record_span(blob, *cause, Step::Decode, landing.bench.decode_ns);
+        self.record_span(blob, *cause, Step::Verify, landing.bench.verify_ns);
         self.report(attempt, &landing.bench);
         for place in 0..landing.bench.rows.len() {
             let row = landing.bench.rows[place].clone();
@@ -211,7 +228,7 @@ impl Crew {
             let (start, mut filled) = (batch.output_start, Ok(()));
             for _ in 0..FILL_TRIES {
                 (landing.output, filled) =
-                    blob.cache.fill(&self.core, landing.output, &row, start, *lane).await;
+                    blob.cache.fill(&self.core, landing.output, &row, start, lane).await;
                 if !matches!(filled, Err(Error::System { errno: libc::ENOSPC, .. })) {
                     break;
                 }
@@ -223,7 +240,7 @@ impl Crew {
             if let Err(error) = filled {
                 return (landing, Err(error));
             }
-            self.record(Stage::Fill, began_ns);
+            self.record_step(blob, *cause, Step::Fill, began_ns);
             self.parts.counters.add(Counter::BytesFilled, row.bytes.len() as u64);
             let published = blob.cache.publish(layout, &row, self.id());
             self.parts.counters.add(Counter::ChunksFilled, u64::from(published));
@@ -248,9 +265,10 @@ impl Crew {
         let output_size =
             last.uncompressed_offset + u64::from(last.output_size) - first.uncompressed_offset;
         let (core, chunks) = (self.id(), plan.run.chunks.clone());
+        let clock = self.core.clock();
         if output_size as usize <= DECODE_INLINE_MAX_BYTES {
             let Landing { input, output, bench } = &mut landing;
-            let job = Job { layout: &plan.layout, cache: &plan.blob.cache, core, chunks };
+            let job = Job { layout: &plan.layout, cache: &plan.blob.cache, core, chunks, clock };
             bench.process(&job, &batch, input, output);
             return landing;
         }
@@ -258,7 +276,7 @@ impl Crew {
         self.core
             .offload(move || {
                 let Landing { input, output, bench } = &mut landing;
-                let job = Job { layout: &layout, cache: &blob.cache, core, chunks };
+                let job = Job { layout: &layout, cache: &blob.cache, core, chunks, clock };
                 bench.process(&job, &batch, input, output);
                 landing
             })

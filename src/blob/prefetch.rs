@@ -9,10 +9,10 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::crew::Crew;
+use super::latency::Cause;
 use super::open::OpenBlob;
 use super::statistics::Counter;
 use crate::config::{GET_MAX_BYTES, MILLISECOND_NS, PREFETCH_AHEAD, SECOND_NS};
-use crate::engine::Lane;
 
 /// How long prefetch waits before it looks again whether it may go on.
 const PAUSE_NS: u64 = 5 * MILLISECOND_NS;
@@ -47,7 +47,7 @@ impl Crew {
                 return;
             }
             let chunks = layout.chunks_in(at..at + step);
-            let launched = self.launch(blob, &layout, chunks, Lane::Background, deadline_ns());
+            let launched = self.launch(blob, &layout, chunks, Cause::Prefetch, deadline_ns());
             if launched.is_ok() {
                 self.parts.counters.count(Counter::PrefetchRequests);
                 at += step;
