@@ -16,7 +16,7 @@ use super::statistics::Counter;
 use super::workbench::{Batch, Job, Workbench};
 use crate::config::{
     BODY_TRIES, DECODE_INLINE_MAX_BYTES, DIGEST_TRIES, FETCHERS_PER_ROUTE, FILL_TRIES,
-    MILLISECOND_NS, RANGE_LEASE_SIZE, ROOM_MIN_BYTES,
+    MILLISECOND_NS, PACE_REQUEST_MAX_BYTES, RANGE_LEASE_SIZE, ROOM_MIN_BYTES,
 };
 use crate::engine::{Class, Lane, Lease};
 use crate::error::{Error, Result};
@@ -56,6 +56,7 @@ impl Crew {
             let id = queue.pop(&self.core, has_room).await;
             // One that was promoted flies as what it has become.
             let mut plan = self.flights.plan(id);
+            let is_prefetch = plan.cause == Cause::Prefetch;
             if lane == Lane::Demand {
                 plan.cause = Cause::Demand;
             }
@@ -63,6 +64,10 @@ impl Crew {
             let key = route_key(&plan, lane);
             self.busy_routes.borrow_mut().push(key);
             self.fly(id, &plan).await;
+            if is_prefetch {
+                let range = &plan.run.compressed;
+                plan.blob.route.pace.landed(range.end - range.start);
+            }
             let mut busy = self.busy_routes.borrow_mut();
             let place = busy.iter().position(|&other| other == key);
             busy.swap_remove(place.expect("pushed above"));
@@ -206,6 +211,10 @@ impl Crew {
         }
         let Plan { blob, cause, .. } = attempt.plan;
         self.record_span(blob, *cause, Step::Body, waited_ns);
+        if *cause == Cause::Demand && size <= PACE_REQUEST_MAX_BYTES {
+            let (connect_ns, first_byte_ns) = body.waits_ns().unwrap_or_default();
+            blob.route.pace.measured(connect_ns + first_byte_ns + waited_ns);
+        }
         (landing, Ok(()))
     }
 
@@ -217,7 +226,6 @@ impl Crew {
         batch: Batch,
     ) -> (Landing, Result<()>) {
         let Plan { blob, layout, cause, .. } = attempt.plan;
-        let lane = cause.lane();
         landing = self.decode(attempt.plan, landing, batch.clone()).await;
         self.record_span(blob, *cause, Step::Decode, landing.bench.decode_ns);
         self.record_span(blob, *cause, Step::Verify, landing.bench.verify_ns);
@@ -228,7 +236,7 @@ impl Crew {
             let (start, mut filled) = (batch.output_start, Ok(()));
             for _ in 0..FILL_TRIES {
                 (landing.output, filled) =
-                    blob.cache.fill(&self.core, landing.output, &row, start, lane).await;
+                    blob.cache.fill(&self.core, landing.output, &row, start, cause.lane()).await;
                 if !matches!(filled, Err(Error::System { errno: libc::ENOSPC, .. })) {
                     break;
                 }

@@ -115,6 +115,12 @@ impl Crew {
         let &Launch { blob, layout, cause, deadline_ns } = launch;
         let (blob, layout) = (Arc::clone(blob), Arc::clone(layout));
         let planned_ns = self.core.now();
+        let size = run.compressed.end - run.compressed.start;
+        match cause {
+            Cause::Demand => blob.route.pace.demanded(planned_ns),
+            Cause::Prefetch => blob.route.pace.took_off(size),
+            Cause::ReadAhead => {}
+        }
         let plan = Plan { blob, layout, run, cause, planned_ns, deadline_ns };
         match self.flights.begin(plan) {
             Ok(id) => {
@@ -122,13 +128,16 @@ impl Crew {
                     Lane::Demand => &self.demand,
                     Lane::Background => &self.ahead,
                 };
-                if cause.lane() == Lane::Background {
+                if cause == Cause::ReadAhead {
                     self.parts.counters.count(Counter::ReadAheadRequests);
                 }
                 queue.push(&self.core, id).expect("a queue has room for every flight place");
                 Ok(())
             }
             Err(plan) => {
+                if cause == Cause::Prefetch {
+                    plan.blob.route.pace.landed(size);
+                }
                 plan.blob.cache.release(plan.run.chunks, self.id());
                 Err(Error::Busy("all flight places are taken".into()))
             }

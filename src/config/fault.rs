@@ -60,6 +60,18 @@ pub const LAYOUT_LOOK_NS: u64 = MILLISECOND_NS;
 pub const PREFETCH_QUEUE: usize = 256;
 /// Runs of prefetch waiting for a fetcher.
 pub const PREFETCH_AHEAD: usize = 4;
+/// Compressed bytes that prefetch may have in flight on a route nobody else uses.
+pub const PREFETCH_BUDGET_MAX_BYTES: u64 = 8 * MIB as u64;
+/// What it may have in flight however long readers wait: a chunk or two.
+pub const PREFETCH_BUDGET_MIN_BYTES: u64 = 64 * KIB as u64;
+/// What its budget grows by with each request of a reader that was answered as fast as ever.
+pub const PREFETCH_BUDGET_STEP_BYTES: u64 = 16 * KIB as u64;
+/// Requests of readers that are larger say little about how long they waited.
+pub const PACE_REQUEST_MAX_BYTES: u64 = 128 * KIB as u64;
+/// A request this much later than half as long again as the best counts as late.
+pub const PACE_SLACK_NS: u64 = MILLISECOND_NS / 2;
+/// Without readers for so long, prefetch has a route to itself.
+pub const PACE_QUIET_NS: u64 = 200 * MILLISECOND_NS;
 /// Operations in flight at once never exceed the slots: a demand slot waits for a timer, a fetcher
 /// for an operation and a timer.
 const _: () = assert!(
