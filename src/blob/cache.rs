@@ -8,6 +8,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::latency::DoorKind;
 use super::map::{ChunkState, Map};
 use super::workbench::Row;
 use crate::engine::{Core, CoreId, Lane, Lease};
@@ -42,6 +43,14 @@ impl Cache {
     /// Whether units must be filled in the order of their chunks.
     pub fn is_ordered(&self) -> bool {
         matches!(self, Cache::Segments(_))
+    }
+
+    /// By which door it is read.
+    pub fn door(&self) -> DoorKind {
+        match self {
+            Cache::Object { .. } => DoorKind::Cachefiles,
+            Cache::Segments(_) => DoorKind::Fanotify,
+        }
     }
 
     /// The kernel's object, behind the cachefiles door.

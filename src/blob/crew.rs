@@ -10,6 +10,7 @@ use std::sync::Arc;
 use super::catalog::Catalog;
 use super::flight::{FlightId, Flights, Plan, RemoteWaiter};
 use super::journal::{Journal, Level};
+use super::latency::{Cause, Step};
 use super::map::ChunkState;
 use super::open::OpenBlob;
 use super::statistics::{CoreCounters, CoreStatistics, SnapshotRequest, Stage};
@@ -161,6 +162,18 @@ impl Crew {
     pub fn record(&self, stage: Stage, since_ns: u64) {
         let elapsed_ns = self.core.now().saturating_sub(since_ns);
         self.statistics.borrow_mut().record(stage, elapsed_ns);
+    }
+
+    /// Records how long a step of a read or fetch of this blob took.
+    pub fn record_step(&self, blob: &OpenBlob, cause: Cause, step: Step, since_ns: u64) {
+        let elapsed_ns = self.core.now().saturating_sub(since_ns);
+        self.record_span(blob, cause, step, elapsed_ns);
+    }
+
+    /// The same, where the time is known.
+    pub fn record_span(&self, blob: &OpenBlob, cause: Cause, step: Step, elapsed_ns: u64) {
+        let mut statistics = self.statistics.borrow_mut();
+        statistics.latencies.record(blob.cache.door(), cause, step, elapsed_ns);
     }
 
     /// Tells everybody who waits for chunks of a flight that some have settled.

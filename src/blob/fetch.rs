@@ -11,12 +11,13 @@ use std::sync::Arc;
 
 use super::crew::Crew;
 use super::flight::{FlightId, Plan};
+use super::latency::{Cause, Step};
 use super::plan::{Run, extent};
-use super::statistics::{Counter, Stage};
+use super::statistics::Counter;
 use super::workbench::{Batch, Job, Workbench};
 use crate::config::{
     BODY_TRIES, DECODE_INLINE_MAX_BYTES, DIGEST_TRIES, FETCHERS_PER_ROUTE, FILL_TRIES,
-    MILLISECOND_NS, RANGE_LEASE_SIZE, ROOM_MIN_BYTES,
+    MILLISECOND_NS, PACE_REQUEST_MAX_BYTES, RANGE_LEASE_SIZE, ROOM_MIN_BYTES,
 };
 use crate::engine::{Class, Lane, Lease};
 use crate::error::{Error, Result};
@@ -60,21 +61,32 @@ impl Crew {
         };
         loop {
             let has_room = |&id: &FlightId| {
-                self.flights.matches(id, |plan| self.has_fetchers_left(route_key(plan)))
+                self.flights.matches(id, |plan| self.has_fetchers_left(route_key(plan, lane), lane))
             };
             let id = queue.pop(&self.core, has_room).await;
-            let plan = self.flights.plan(id);
-            self.busy_routes.borrow_mut().push(route_key(&plan));
+            // One that was promoted flies as what it has become.
+            let mut plan = self.flights.plan(id);
+            let is_prefetch = plan.cause == Cause::Prefetch;
+            if lane == Lane::Demand {
+                plan.cause = Cause::Demand;
+            }
+            self.record_step(&plan.blob, plan.cause, Step::Queue, plan.planned_ns);
+            let key = route_key(&plan, lane);
+            self.busy_routes.borrow_mut().push(key);
             self.fly(id, &plan).await;
+            if is_prefetch {
+                let range = &plan.run.compressed;
+                plan.blob.route.pace.landed(range.end - range.start);
+            }
             let mut busy = self.busy_routes.borrow_mut();
-            let place = busy.iter().position(|&key| key == route_key(&plan));
+            let place = busy.iter().position(|&other| other == key);
             busy.swap_remove(place.expect("pushed above"));
         }
     }
 
-    fn has_fetchers_left(&self, key: usize) -> bool {
+    fn has_fetchers_left(&self, key: usize, lane: Lane) -> bool {
         let busy = self.busy_routes.borrow();
-        busy.iter().filter(|&&other| other == key).count() < FETCHERS_PER_ROUTE
+        busy.iter().filter(|&&other| other == key).count() < FETCHERS_PER_ROUTE[lane as usize]
     }
 
     async fn fly(self: &Rc<Self>, id: FlightId, plan: &Plan) {
@@ -88,6 +100,9 @@ impl Crew {
         }
         plan.blob.cache.release(plan.run.chunks.clone(), self.id());
         self.announce(id, plan);
+        if plan.cause != Cause::Demand {
+            self.record_step(&plan.blob, plan.cause, Step::Whole, plan.planned_ns);
+        }
         self.flights.end(id);
     }
 
@@ -129,7 +144,8 @@ impl Crew {
 
     /// One GET: from the first unsettled unit to the end of the attempt.
     async fn land(self: &Rc<Self>, attempt: &mut Attempt<'_>) -> Result<()> {
-        let Plan { blob, layout, lane, deadline_ns, .. } = attempt.plan;
+        let Plan { blob, layout, cause, deadline_ns, .. } = attempt.plan;
+        let lane = cause.lane();
         let run = Run::longest(layout, attempt.next..attempt.end);
         let range = run.compressed.clone();
         let size = (range.end - range.start) as usize;
@@ -137,8 +153,11 @@ impl Crew {
         let blob_ref = BlobRef { id: blob.id().as_str() };
         let client = &self.parts.client;
         let mut body =
-            client.open(&self.core, &blob.route, blob_ref, range, *deadline_ns, *lane).await?;
-        self.record(Stage::FirstByte, began_ns);
+            client.open(&self.core, &blob.route, blob_ref, range, *deadline_ns, lane).await?;
+        if let Some((connect_ns, first_byte_ns)) = body.waits_ns() {
+            self.record_span(blob, *cause, Step::Connect, connect_ns);
+            self.record_span(blob, *cause, Step::FirstByte, first_byte_ns);
+        }
 
         let _landing = self.landings.acquire(&self.core).await;
         let is_large = size.max(run.output_size_max as usize) > RANGE_LEASE_SIZE;
@@ -146,8 +165,8 @@ impl Crew {
             true => Some(self.large_landings.acquire(&self.core).await),
             false => None,
         };
-        let input = self.lease_of(*lane, size).await?;
-        let output = self.lease_of(*lane, run.output_size_max as usize).await?;
+        let input = self.lease_of(lane, size).await?;
+        let output = self.lease_of(lane, run.output_size_max as usize).await?;
         let bench = self.benches.borrow_mut().pop().unwrap_or_default();
         let mut landing = Landing { input, output, bench };
         let landed;
@@ -170,9 +189,10 @@ impl Crew {
     ) -> (Landing, Result<()>) {
         let layout = &attempt.plan.layout;
         let (start, size) = (run.compressed.start, run.compressed.end - run.compressed.start);
-        let (mut landed, mut is_first) = (0, true);
+        let (mut landed, mut is_first, mut waited_ns) = (0, true, 0);
         while attempt.next < run.units.end {
             let needed = (extent(&layout.unit(attempt.next)).end - start) as usize;
+            let began_ns = self.core.now();
             while landed < needed {
                 let got;
                 (landing.input, got) =
@@ -185,6 +205,7 @@ impl Crew {
                     Err(error) => return (landing, Err(error)),
                 }
             }
+            waited_ns += self.core.now() - began_ns;
             let end = if is_first { attempt.next + 1 } else { run.units.end };
             is_first = false;
             let room = landing.output.len();
@@ -196,6 +217,12 @@ impl Crew {
                 return (landing, Err(error));
             }
         }
+        let Plan { blob, cause, .. } = attempt.plan;
+        self.record_span(blob, *cause, Step::Body, waited_ns);
+        if *cause == Cause::Demand && size <= PACE_REQUEST_MAX_BYTES {
+            let (connect_ns, first_byte_ns) = body.waits_ns().unwrap_or_default();
+            blob.route.pace.measured(connect_ns + first_byte_ns + waited_ns);
+        }
         (landing, Ok(()))
     }
 
@@ -206,10 +233,10 @@ impl Crew {
         mut landing: Landing,
         batch: Batch,
     ) -> (Landing, Result<()>) {
-        let Plan { blob, layout, lane, .. } = attempt.plan;
-        let began_ns = self.core.now();
+        let Plan { blob, layout, cause, .. } = attempt.plan;
         landing = self.decode(attempt.plan, landing, batch.clone()).await;
-        self.record(Stage::Decode, began_ns);
+        self.record_span(blob, *cause, Step::Decode, landing.bench.decode_ns);
+        self.record_span(blob, *cause, Step::Verify, landing.bench.verify_ns);
         self.report(attempt, &landing.bench);
         for place in 0..landing.bench.rows.len() {
             let row = landing.bench.rows[place].clone();
@@ -217,7 +244,7 @@ impl Crew {
             let (start, mut filled) = (batch.output_start, Ok(()));
             for _ in 0..FILL_TRIES {
                 (landing.output, filled) =
-                    blob.cache.fill(&self.core, landing.output, &row, start, *lane).await;
+                    blob.cache.fill(&self.core, landing.output, &row, start, cause.lane()).await;
                 if !matches!(filled, Err(Error::System { errno: libc::ENOSPC, .. })) {
                     break;
                 }
@@ -229,7 +256,7 @@ impl Crew {
             if let Err(error) = filled {
                 return (landing, Err(error));
             }
-            self.record(Stage::Fill, began_ns);
+            self.record_step(blob, *cause, Step::Fill, began_ns);
             self.parts.counters.add(Counter::BytesFilled, row.bytes.len() as u64);
             let published = blob.cache.publish(layout, &row, self.id());
             self.parts.counters.add(Counter::ChunksFilled, u64::from(published));
@@ -255,9 +282,10 @@ impl Crew {
         let output_size =
             last.uncompressed_offset + u64::from(last.output_size) - first.uncompressed_offset;
         let (core, chunks) = (self.id(), plan.run.chunks.clone());
+        let clock = self.core.clock();
         if output_size as usize <= DECODE_INLINE_MAX_BYTES {
             let Landing { input, output, bench } = &mut landing;
-            let job = Job { layout: &plan.layout, cache: &plan.blob.cache, core, chunks };
+            let job = Job { layout: &plan.layout, cache: &plan.blob.cache, core, chunks, clock };
             bench.process(&job, &batch, input, output);
             return landing;
         }
@@ -265,7 +293,7 @@ impl Crew {
         self.core
             .offload(move || {
                 let Landing { input, output, bench } = &mut landing;
-                let job = Job { layout: &layout, cache: &blob.cache, core, chunks };
+                let job = Job { layout: &layout, cache: &blob.cache, core, chunks, clock };
                 bench.process(&job, &batch, input, output);
                 landing
             })
@@ -299,7 +327,7 @@ impl Crew {
 }
 
 /// A number that is the same for flights of one route and lane.
-fn route_key(plan: &Plan) -> usize {
+fn route_key(plan: &Plan, lane: Lane) -> usize {
     // Routes are interned and aligned, so the lowest bit is free for the lane.
-    Arc::as_ptr(&plan.blob.route) as usize | usize::from(plan.lane == Lane::Background)
+    Arc::as_ptr(&plan.blob.route) as usize | usize::from(lane == Lane::Background)
 }

@@ -7,11 +7,12 @@
 use std::cell::{Cell, RefCell};
 use std::sync::Arc;
 
+use super::latency::Cause;
 use super::open::OpenBlob;
 use super::plan::Run;
 use crate::config::{FLIGHT_SLOTS, REMOTE_WAITERS};
 use crate::engine::sync::Notify;
-use crate::engine::{Core, CoreId, Lane};
+use crate::engine::{Core, CoreId};
 use crate::image::identity::ChunkIndex;
 use crate::image::layout::Layout;
 
@@ -29,7 +30,9 @@ pub struct Plan {
     /// The units, all claimed by this core at least in part.
     pub run: Run,
     /// For whom.
-    pub lane: Lane,
+    pub cause: Cause,
+    /// When it was planned.
+    pub planned_ns: u64,
     /// It ends by this time.
     pub deadline_ns: u64,
 }

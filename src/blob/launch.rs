@@ -13,6 +13,7 @@ use std::sync::atomic::Ordering;
 use super::cache::{Cache, Segments};
 use super::crew::Crew;
 use super::flight::Plan;
+use super::latency::Cause;
 use super::map::Map;
 use super::open::OpenBlob;
 use super::plan::Run;
@@ -26,7 +27,7 @@ use crate::image::layout::{Layout, Unit};
 struct Launch<'a> {
     blob: &'a Arc<OpenBlob>,
     layout: &'a Arc<Layout>,
-    lane: Lane,
+    cause: Cause,
     deadline_ns: u64,
 }
 
@@ -40,13 +41,13 @@ impl Crew {
         blob: &Arc<OpenBlob>,
         layout: &Arc<Layout>,
         chunks: Range<u32>,
-        lane: Lane,
+        cause: Cause,
         deadline_ns: u64,
     ) -> Result<()> {
         if blob.is_closed.load(Ordering::Relaxed) || self.gate.is_closed() {
             return Err(Error::Shutdown);
         }
-        let launch = Launch { blob, layout, lane, deadline_ns };
+        let launch = Launch { blob, layout, cause, deadline_ns };
         match &blob.cache {
             Cache::Object { map, .. } => self.launch_chunks(&launch, map, chunks),
             Cache::Segments(segments) => self.launch_segments(&launch, segments, chunks),
@@ -111,22 +112,32 @@ impl Crew {
     }
 
     fn begin(self: &Rc<Self>, launch: &Launch<'_>, run: Run) -> Result<()> {
-        let Launch { blob, layout, lane, deadline_ns } = launch;
+        let &Launch { blob, layout, cause, deadline_ns } = launch;
         let (blob, layout) = (Arc::clone(blob), Arc::clone(layout));
-        let plan = Plan { blob, layout, run, lane: *lane, deadline_ns: *deadline_ns };
+        let planned_ns = self.core.now();
+        let size = run.compressed.end - run.compressed.start;
+        match cause {
+            Cause::Demand => blob.route.pace.demanded(planned_ns),
+            Cause::Prefetch => blob.route.pace.took_off(size),
+            Cause::ReadAhead => {}
+        }
+        let plan = Plan { blob, layout, run, cause, planned_ns, deadline_ns };
         match self.flights.begin(plan) {
             Ok(id) => {
-                let queue = match lane {
+                let queue = match cause.lane() {
                     Lane::Demand => &self.demand,
                     Lane::Background => &self.ahead,
                 };
-                if *lane == Lane::Background {
+                if cause == Cause::ReadAhead {
                     self.parts.counters.count(Counter::ReadAheadRequests);
                 }
                 queue.push(&self.core, id).expect("a queue has room for every flight place");
                 Ok(())
             }
             Err(plan) => {
+                if cause == Cause::Prefetch {
+                    plan.blob.route.pace.landed(size);
+                }
                 plan.blob.cache.release(plan.run.chunks, self.id());
                 Err(Error::Busy("all flight places are taken".into()))
             }

@@ -12,6 +12,7 @@ mod fetch;
 pub mod flight;
 mod inlined;
 pub mod journal;
+pub mod latency;
 mod launch;
 pub mod load;
 pub mod map;

@@ -1,7 +1,8 @@
 //! Prefetch: whole blobs in the background, for images that ask for it.
 //!
 //! One task per core walks one blob at a time in address order, keeps a few runs in the read-ahead
-//! queue and no more, pauses while readers wait on this core, and keeps to the image's bandwidth.
+//! queue and no more, pauses while readers wait on this core, keeps to the image's bandwidth, and
+//! has no more in flight than the route's readers leave it (`registry/pace.rs`).
 //! It goes through the same claims as everybody, so nothing is fetched twice.
 
 use std::rc::Rc;
@@ -9,10 +10,12 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::crew::Crew;
+use super::latency::Cause;
 use super::open::OpenBlob;
 use super::statistics::Counter;
-use crate::config::{GET_MAX_BYTES, MILLISECOND_NS, PREFETCH_AHEAD, SECOND_NS};
-use crate::engine::Lane;
+use crate::config::{
+    GET_MAX_BYTES, MILLISECOND_NS, PREFETCH_AHEAD, PREFETCH_BUDGET_MIN_BYTES, SECOND_NS,
+};
 
 /// How long prefetch waits before it looks again whether it may go on.
 const PAUSE_NS: u64 = 5 * MILLISECOND_NS;
@@ -23,6 +26,19 @@ impl Crew {
         loop {
             let blob = self.prefetch.pop(&self.core, |_| true).await;
             self.prefetch_blob(&blob).await;
+        }
+    }
+
+    /// Waits until prefetch may go on; says for how many bytes at once.
+    async fn allowance(&self, blob: &OpenBlob) -> u64 {
+        loop {
+            let allowed = blob.route.pace.allowance(self.core.now());
+            let is_idle = self.ahead.len() < PREFETCH_AHEAD && self.demand.is_empty();
+            if is_idle && allowed >= PREFETCH_BUDGET_MIN_BYTES || self.gate.is_closed() {
+                return allowed.max(PREFETCH_BUDGET_MIN_BYTES);
+            }
+            // A sleep ends by its time, whatever happens.
+            let _ = self.core.sleep(PAUSE_NS).await;
         }
     }
 
@@ -39,15 +55,13 @@ impl Crew {
         let rate = blob.image.prefetch.bandwidth_bytes_per_second;
         let mut at = 0;
         while at < layout.uncompressed_size() {
-            while self.ahead.len() >= PREFETCH_AHEAD || !self.demand.is_empty() {
-                // A sleep ends by its time, whatever happens.
-                let _ = self.core.sleep(PAUSE_NS).await;
-            }
+            let allowed = self.allowance(blob).await;
+            let step = step.min(allowed);
             if blob.is_closed.load(Ordering::Relaxed) || self.gate.is_closed() {
                 return;
             }
             let chunks = layout.chunks_in(at..at + step);
-            let launched = self.launch(blob, &layout, chunks, Lane::Background, deadline_ns());
+            let launched = self.launch(blob, &layout, chunks, Cause::Prefetch, deadline_ns());
             if launched.is_ok() {
                 self.parts.counters.count(Counter::PrefetchRequests);
                 at += step;

@@ -9,10 +9,10 @@ use std::sync::Arc;
 
 use super::cache::Cache;
 use super::crew::Crew;
+use super::latency::{Cause, Step};
 use super::map::ChunkState;
 use super::open::OpenBlob;
 use crate::config::{EVICTION_LOOK_NS, FLIGHT_PAUSE_NS, LAUNCHES_PER_FAULT, SETTLE_LOOK_NS};
-use crate::engine::Lane;
 use crate::error::{Error, Result};
 use crate::image::identity::ChunkIndex;
 use crate::image::layout::Layout;
@@ -23,14 +23,19 @@ impl Crew {
         let deadline_ns = self.core.now() + self.parts.fault_deadline_ns;
         let layout = self.layout(blob, &range, deadline_ns).await?;
         let wanted = layout.chunks_in(range.clone());
+        let began_ns = self.core.now();
         self.check_presence(blob, &layout, &range, &wanted);
-        let outcome = self.launch(blob, &layout, wanted.clone(), Lane::Demand, deadline_ns);
-        let ahead = blob.streams.observe(&range, layout.uncompressed_size());
+        let outcome = self.launch(blob, &layout, wanted.clone(), Cause::Demand, deadline_ns);
+        self.record_step(blob, Cause::Demand, Step::Claim, began_ns);
+        let ahead = match span(&layout, &wanted) {
+            Some(span) => blob.streams.observe(&span, layout.uncompressed_size()),
+            None => 0..0,
+        };
         if !ahead.is_empty() && outcome.is_ok() {
             let chunks = layout.chunks_in(ahead);
             let chunks = chunks.start.max(wanted.end)..chunks.end;
             // No place for it is no harm: the reader will ask.
-            let _ = self.launch(blob, &layout, chunks, Lane::Background, deadline_ns);
+            let _ = self.launch(blob, &layout, chunks, Cause::ReadAhead, deadline_ns);
         }
         for chunk in wanted.map(ChunkIndex) {
             if layout.chunk(chunk).digest.is_some() {
@@ -102,7 +107,7 @@ impl Crew {
                 ChunkState::Absent if launches < LAUNCHES_PER_FAULT => {
                     // Whoever fetched it gave up, perhaps a read-ahead: try for ourselves.
                     let wanted = chunk.0..chunk.0 + 1;
-                    match self.launch(blob, layout, wanted, Lane::Demand, deadline_ns) {
+                    match self.launch(blob, layout, wanted, Cause::Demand, deadline_ns) {
                         Ok(()) => launches += 1,
                         Err(Error::Busy(_)) => {
                             let pause_ns = now_ns + FLIGHT_PAUSE_NS;
@@ -118,4 +123,11 @@ impl Crew {
             }
         }
     }
+}
+
+/// The address space of a row of chunks: what is fetched for them.
+fn span(layout: &Layout, chunks: &Range<u32>) -> Option<Range<u64>> {
+    let last = layout.chunk(ChunkIndex(chunks.clone().next_back()?));
+    let start = layout.chunk(ChunkIndex(chunks.start)).uncompressed_offset;
+    Some(start..last.uncompressed_offset + u64::from(last.padded_size()))
 }

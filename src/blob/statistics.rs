@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use crossbeam_channel::Sender;
 use hdrhistogram::Histogram;
 
+use super::latency::Latencies;
 use crate::config::{HISTOGRAM_DIGITS, HISTOGRAM_MAX_NS, HISTOGRAM_RESOLUTION_NS};
 
 macro_rules! named {
@@ -32,6 +33,8 @@ macro_rules! named {
         }
     };
 }
+
+pub(super) use named;
 
 named! {
     /// What is counted. Only ever grows, except where it says otherwise.
@@ -92,14 +95,8 @@ named! {
         BootstrapRead = "bootstrap_read_ns",
         /// An open, the same way.
         Open = "open_ns",
-        /// From a request sent to the first byte of its body.
-        FirstByte = "first_byte_ns",
         /// From a request sent to the last byte of its body.
         Request = "request_ns",
-        /// Decompressing and digesting one unit.
-        Decode = "decode_ns",
-        /// One write into the cache.
-        Fill = "fill_ns",
     }
 }
 
@@ -165,6 +162,8 @@ impl CoreCounters {
 #[derive(Clone, Debug)]
 pub struct CoreStatistics {
     stages: Vec<Histogram<u64>>,
+    /// Where the time of reads and fetches went.
+    pub latencies: Latencies,
     /// Requests to registries by size class, then latency class.
     pub requests: [[u64; 8]; 8],
     /// The time all requests of a size class took together.
@@ -173,13 +172,19 @@ pub struct CoreStatistics {
 
 impl Default for CoreStatistics {
     fn default() -> Self {
-        let histogram = || {
-            Histogram::new_with_bounds(HISTOGRAM_RESOLUTION_NS, HISTOGRAM_MAX_NS, HISTOGRAM_DIGITS)
-                .expect("invariant: the bounds are constants that make a histogram")
-        };
-        let stages = (0..Stage::COUNT).map(|_| histogram()).collect();
-        Self { stages, requests: [[0; 8]; 8], request_ns: [0; 8] }
+        Self {
+            stages: (0..Stage::COUNT).map(|_| histogram()).collect(),
+            latencies: Latencies::default(),
+            requests: [[0; 8]; 8],
+            request_ns: [0; 8],
+        }
     }
+}
+
+/// An empty histogram with the bounds that all of them have.
+pub(super) fn histogram() -> Histogram<u64> {
+    Histogram::new_with_bounds(HISTOGRAM_RESOLUTION_NS, HISTOGRAM_MAX_NS, HISTOGRAM_DIGITS)
+        .expect("invariant: the bounds are constants that make a histogram")
 }
 
 impl CoreStatistics {
@@ -203,6 +208,7 @@ impl CoreStatistics {
         for (mine, theirs) in self.stages.iter_mut().zip(&other.stages) {
             mine.add(theirs).expect("invariant: all histograms have the same bounds");
         }
+        self.latencies.merge(&other.latencies);
         for (mine, theirs) in self.requests.iter_mut().zip(&other.requests) {
             mine.iter_mut().zip(theirs).for_each(|(mine, theirs)| *mine += theirs);
         }

@@ -43,12 +43,16 @@ pub struct Workbench {
     pub rows: Vec<Row>,
     /// What may not.
     pub failures: Vec<Failure>,
+    /// What decoding the batch took, and what digesting it took.
+    pub decode_ns: u64,
+    /// See there.
+    pub verify_ns: u64,
 }
 
 impl Default for Workbench {
     fn default() -> Self {
         let (rows, failures) = (Vec::with_capacity(1024), Vec::new());
-        Workbench { decoder: Decoder::new(), rows, failures }
+        Workbench { decoder: Decoder::new(), rows, failures, decode_ns: 0, verify_ns: 0 }
     }
 }
 
@@ -98,6 +102,8 @@ pub struct Job<'a> {
     pub core: CoreId,
     /// And of these, only the flight's own.
     pub chunks: Range<u32>,
+    /// Says what time it is.
+    pub clock: fn() -> u64,
 }
 
 impl Workbench {
@@ -106,6 +112,8 @@ impl Workbench {
     pub fn process(&mut self, job: &Job<'_>, batch: &Batch, input: &[u8], output: &mut [u8]) {
         self.rows.clear();
         self.failures.clear();
+        (self.decode_ns, self.verify_ns) = (0, 0);
+        let mut began_ns = (job.clock)();
         let layout = job.layout;
         for number in batch.units.clone() {
             if job.cache.is_ordered() && !self.failures.is_empty() {
@@ -123,6 +131,7 @@ impl Workbench {
                 self.failures.push(Failure { unit: number, chunk: None, error });
                 continue;
             }
+            let decoded_ns = (job.clock)();
             for chunk in unit.chunks.clone().map(ChunkIndex) {
                 let is_wanted = job.chunks.contains(&chunk.0)
                     && layout.chunk(chunk).digest.is_some()
@@ -131,6 +140,9 @@ impl Workbench {
                     break;
                 }
             }
+            self.decode_ns += decoded_ns - began_ns;
+            began_ns = (job.clock)();
+            self.verify_ns += began_ns - decoded_ns;
         }
     }
 

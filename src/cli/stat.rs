@@ -4,7 +4,7 @@
 //! counter. So a newer daemon's figures are shown by an older command.
 
 use clap::Args;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use super::output::{self, Output};
 use super::{Daemon, Verdict};
@@ -12,17 +12,23 @@ use crate::error::Result;
 
 /// Where the daemon answers with its statistics.
 const PATH: &str = "/api/sluice/v1/stat";
+/// Where in the answer the steps of reads and fetches are.
+const STEPS: &str = "steps";
 
 /// The options of `sluice stat`.
 #[derive(Args)]
 #[command(after_help = "Examples:\n  \
     sluice stat\n  \
+    sluice stat --latency\n  \
     watch -n1 sluice stat\n  \
     sluice stat --json | jq .")]
 pub struct Options {
     /// Print JSON.
     #[arg(long)]
     json: bool,
+    /// Show where the time of reads and fetches went, step by step, and nothing else.
+    #[arg(long)]
+    latency: bool,
     /// Leave out counters that are 0.
     #[arg(long)]
     nonzero: bool,
@@ -32,7 +38,13 @@ pub struct Options {
 
 /// Asks and prints.
 pub fn run(options: &Options, out: &mut Output) -> Result<Verdict> {
-    let answer = options.daemon.api().fetch(PATH)?;
+    let mut answer = options.daemon.api().fetch(PATH)?;
+    let steps = answer.as_object_mut().and_then(|fields| fields.remove(STEPS));
+    if options.latency {
+        answer = json!({ STEPS: steps.unwrap_or(Value::Null) });
+    } else if let (true, Some(steps)) = (options.json, steps) {
+        answer[STEPS] = steps;
+    }
     if options.json {
         out.json(&answer)?;
         return Ok(Verdict::Good);
@@ -101,7 +113,7 @@ impl Figures {
 /// The groups the daemon sorts its figures into say nothing a table does not show.
 fn join(name: &str, key: &str) -> String {
     match name {
-        "" | "counters" | "latencies" => key.to_owned(),
+        "" | "counters" | "latencies" | STEPS => key.to_owned(),
         _ => format!("{name}.{key}"),
     }
 }
@@ -146,7 +158,6 @@ fn latency(name: &str, fields: &Map<String, Value>) -> Option<Vec<String>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
 
     #[test]
     fn latencies_and_counters_are_told_apart_by_their_form() {

@@ -22,7 +22,7 @@ pub const WIRE_LEASES: usize = 64;
 /// Bytes of a wire lease.
 pub const WIRE_LEASE_SIZE: usize = 64 * KIB;
 /// Range leases: the compressed bytes of one GET, or the chunks made of them.
-pub const RANGE_LEASES: usize = 48;
+pub const RANGE_LEASES: usize = 64;
 /// Bytes of a range lease: a GET of 1 MiB plus one incompressible chunk's overhead.
 pub const RANGE_LEASE_SIZE: usize = MIB + 128 * KIB;
 /// Large leases: units above a range lease (16 MiB chunks, contexts of many small files).
@@ -30,7 +30,7 @@ pub const LARGE_LEASES: usize = 4;
 /// Bytes of a large lease; no unit may need more.
 pub const LARGE_LEASE_SIZE: usize = 17 * MIB;
 /// Address space of a core's arena; pages are touched only when used:
-/// 64 x 64 KiB (wire) + 48 x 1.125 MiB (range) + 4 x 17 MiB (large) = 4 + 54 + 68 = 126 MiB.
+/// 64 x 64 KiB (wire) + 64 x 1.125 MiB (range) + 4 x 17 MiB (large) = 4 + 72 + 68 = 144 MiB.
 pub const ARENA_SIZE: usize = WIRE_LEASES * WIRE_LEASE_SIZE
     + RANGE_LEASES * RANGE_LEASE_SIZE
     + LARGE_LEASES * LARGE_LEASE_SIZE;

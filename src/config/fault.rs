@@ -11,14 +11,15 @@ pub const OPEN_QUEUE: usize = 64;
 /// Fetches in progress or waiting for a fetcher.
 pub const FLIGHT_SLOTS: usize = 512;
 /// Tasks that fetch what somebody waits for.
-pub const DEMAND_FETCHERS: usize = 48;
+pub const DEMAND_FETCHERS: usize = 96;
 /// Tasks that fetch ahead.
-pub const AHEAD_FETCHERS: usize = 6;
-/// Demand fetchers one route may hold, so that dead registries leave room for healthy ones.
-pub const FETCHERS_PER_ROUTE: usize = 8;
+pub const AHEAD_FETCHERS: usize = 24;
+/// Fetchers of a lane one route may hold, so that dead registries leave room for healthy ones.
+pub const FETCHERS_PER_ROUTE: [usize; 2] =
+    [REGISTRY_DEMAND_CONNECTION_COUNT_MAX, REGISTRY_BACKGROUND_CONNECTION_COUNT_MAX];
 /// Fetches whose body is arriving: each holds a range lease for what arrives and one for the
 /// result.
-pub const LANDINGS: usize = 20;
+pub const LANDINGS: usize = 32;
 /// Landings that need a large lease on either side.
 pub const LARGE_LANDINGS: usize = 2;
 // Every landing finds both its leases: no two wait for each other.
@@ -45,16 +46,32 @@ pub const REMOTE_WAITERS: usize = 64;
 pub const MAILBOX_CAPACITY: usize = 4 * KIB;
 /// Sequential streams told apart per blob.
 pub const STREAMS_PER_BLOB: usize = 8;
-/// The first read-ahead of a stream; it doubles with each step.
-pub const AHEAD_MIN_BYTES: u64 = 256 * KIB as u64;
-/// The longest read-ahead of a stream.
-pub const AHEAD_MAX_BYTES: u64 = 8 * MIB as u64;
+/// What a reader must have read in order, after its first fault, before anything is fetched ahead.
+pub const AHEAD_EARN_BYTES: u64 = 256 * KIB as u64;
+/// The longest read-ahead of a stream: 20 ms to the first byte at 1.6 GB/s.
+pub const AHEAD_MAX_BYTES: u64 = 32 * MIB as u64;
+/// What is fetched ahead is topped up by at least so much at once.
+pub const AHEAD_STEP_BYTES: u64 = 2 * MIB as u64;
+/// A reader that leaves out so much still reads in order: holes, other files' tails.
+pub const AHEAD_GAP_BYTES: u64 = 64 * KIB as u64;
 /// How long cores wait between looks at a layout another core is loading.
 pub const LAYOUT_LOOK_NS: u64 = MILLISECOND_NS;
 /// Blobs whose prefetch is in progress or waiting.
 pub const PREFETCH_QUEUE: usize = 256;
 /// Runs of prefetch waiting for a fetcher.
 pub const PREFETCH_AHEAD: usize = 4;
+/// Compressed bytes that prefetch may have in flight on a route nobody else uses.
+pub const PREFETCH_BUDGET_MAX_BYTES: u64 = 8 * MIB as u64;
+/// What it may have in flight however long readers wait: a chunk or two.
+pub const PREFETCH_BUDGET_MIN_BYTES: u64 = 64 * KIB as u64;
+/// What its budget grows by with each request of a reader that was answered as fast as ever.
+pub const PREFETCH_BUDGET_STEP_BYTES: u64 = 16 * KIB as u64;
+/// Requests of readers that are larger say little about how long they waited.
+pub const PACE_REQUEST_MAX_BYTES: u64 = 128 * KIB as u64;
+/// A request this much later than half as long again as the best counts as late.
+pub const PACE_SLACK_NS: u64 = MILLISECOND_NS / 2;
+/// Without readers for so long, prefetch has a route to itself.
+pub const PACE_QUIET_NS: u64 = 200 * MILLISECOND_NS;
 /// Operations in flight at once never exceed the slots: a demand slot waits for a timer, a fetcher
 /// for an operation and a timer.
 const _: () = assert!(

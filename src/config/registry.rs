@@ -3,9 +3,9 @@
 use super::*;
 
 /// Demand requests in flight per core and origin; background ones can never take these places.
-pub const REGISTRY_DEMAND_CONNECTION_COUNT_MAX: usize = 8;
+pub const REGISTRY_DEMAND_CONNECTION_COUNT_MAX: usize = 16;
 /// Background requests in flight per core and origin.
-pub const REGISTRY_BACKGROUND_CONNECTION_COUNT_MAX: usize = 4;
+pub const REGISTRY_BACKGROUND_CONNECTION_COUNT_MAX: usize = 12;
 /// Idle connections kept per core and origin: every connection may rest.
 pub const REGISTRY_IDLE_CONNECTION_COUNT_MAX: usize =
     REGISTRY_DEMAND_CONNECTION_COUNT_MAX + REGISTRY_BACKGROUND_CONNECTION_COUNT_MAX;

@@ -6,9 +6,11 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use hdrhistogram::Histogram;
 use serde_json::{Map, Value, json};
 
 use super::reply;
+use crate::blob::latency::{Cause, DoorKind, Step};
 use crate::blob::registration::Image;
 use crate::blob::statistics::{CoreStatistics, Counter, Counters, SnapshotRequest, Stage};
 use crate::config::STATISTICS_WAIT_MS;
@@ -69,11 +71,12 @@ impl Statistics {
             .collect();
         let latencies: Map<_, _> = Stage::ALL
             .iter()
-            .map(|&stage| (stage.name().to_owned(), quantiles(&gathered.measured, stage)))
+            .map(|&stage| (stage.name().to_owned(), quantiles(gathered.measured.stage(stage))))
             .collect();
         json!({
             "counters": counters,
             "latencies": latencies,
+            "steps": steps(&gathered.measured),
             "cores": { "heard": gathered.cores_heard, "silent": gathered.cores_silent },
         })
     }
@@ -149,8 +152,25 @@ impl std::fmt::Debug for Statistics {
     }
 }
 
-fn quantiles(measured: &CoreStatistics, stage: Stage) -> Value {
-    let histogram = measured.stage(stage);
+/// Where the time of reads and fetches went; what never happened is left out.
+fn steps(measured: &CoreStatistics) -> Vec<Value> {
+    let of_one = |(door, cause, step, histogram): (DoorKind, Cause, Step, &Histogram<u64>)| {
+        let mut row = quantiles(histogram);
+        let name = format!("{}.{}.{}", door.name(), cause.name(), step.name());
+        for (key, text) in [
+            ("name", &*name),
+            ("door", door.name()),
+            ("cause", cause.name()),
+            ("step", step.name()),
+        ] {
+            row[key] = text.into();
+        }
+        row
+    };
+    measured.latencies.all().map(of_one).collect()
+}
+
+fn quantiles(histogram: &Histogram<u64>) -> Value {
     json!({
         "count": histogram.len(),
         "p50": histogram.value_at_quantile(0.5),
@@ -168,6 +188,8 @@ mod tests {
         Box::new(move |request| {
             let mut core = CoreStatistics::default();
             (0..reads).for_each(|_| core.record(Stage::Read, 5_000_000));
+            let (door, cause) = (DoorKind::Fanotify, Cause::ReadAhead);
+            (0..reads).for_each(|_| core.latencies.record(door, cause, Step::Body, 7_000_000));
             core.record_request(4096, 30_000_000);
             request.answer(&core);
             true
@@ -180,6 +202,9 @@ mod tests {
         let document = statistics.document(&statistics.gather());
         assert_eq!(document["latencies"]["read_ns"]["count"], 7);
         assert_eq!(document["cores"], json!({"heard": 2, "silent": 0}));
+        assert_eq!(document["steps"].as_array().map(Vec::len), Some(1));
+        assert_eq!(document["steps"][0]["name"], "fanotify.read_ahead.body");
+        assert_eq!(document["steps"][0]["count"], 7);
         assert_eq!(document["counters"]["retries"], 0);
     }
 

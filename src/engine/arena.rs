@@ -97,6 +97,10 @@ impl Arena {
             let error = std::io::Error::last_os_error();
             return Err(Error::io(&error, "cannot map a core's buffers"));
         }
+        // SAFETY: the mapping is ours, and advice changes no byte of it. Huge pages halve the time of
+        // decompressing into it where memory is mapped twice, as in a virtual machine. A kernel
+        // without them says no, which is no harm.
+        unsafe { libc::madvise(address, ARENA_SIZE, libc::MADV_HUGEPAGE) };
         let base = NonNull::new(address.cast::<u8>()).expect("mmap never maps page zero");
         let free = Class::ALL.map(|class| AtomicU64::new(u64::MAX >> (64 - class.count())));
         Ok(Arc::new(Arena { base, free }))

@@ -204,6 +204,14 @@ impl Driver {
         }
     }
 
+    /// The same clock for work on helper threads; it stands still in simulations.
+    pub fn clock(&self) -> fn() -> u64 {
+        match self {
+            Driver::Ring(_) => monotonic_ns,
+            Driver::Simulated(_) => || 0,
+        }
+    }
+
     /// Does something that is answered at once.
     pub fn call(&mut self, call: Call<'_>) -> Result<u64, i32> {
         match self {

@@ -109,6 +109,11 @@ impl Core {
         self.0.driver.borrow().now()
     }
 
+    /// The same clock for work on helper threads; it stands still in simulations.
+    pub fn clock(&self) -> fn() -> u64 {
+        self.0.driver.borrow().clock()
+    }
+
     /// The next pseudo-random number (xorshift64*, for jitter and tie-breaks only).
     pub fn random(&self) -> u64 {
         let mut state = self.0.random.get();

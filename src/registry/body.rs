@@ -85,6 +85,15 @@ impl Body {
         self.remaining
     }
 
+    /// How long it took to get a connection, and from the request to the head of its answer.
+    /// Nothing for a file.
+    pub fn waits_ns(&self) -> Option<(u64, u64)> {
+        match &self.origin {
+            Origin::Http { exchange, .. } => Some(exchange.waits_ns()),
+            Origin::File { .. } => None,
+        }
+    }
+
     /// Gives the connection back when everything was read; closes it otherwise.
     pub fn finish(self) {
         if let Origin::Http { exchange, .. } = self.origin

@@ -31,6 +31,8 @@ pub struct Exchange {
     /// Progress: until when so many bytes must have come.
     window_end_ns: u64,
     window_left: usize,
+    /// When it was asked for, when the request was sent, when the head had come.
+    times_ns: [u64; 3],
 }
 
 impl Exchange {
@@ -43,6 +45,7 @@ impl Exchange {
         request: &Request<'_>,
         timing: Timing,
     ) -> Result<Exchange> {
+        let wanted_ns = core.now();
         let place = line.enter(core, lane, timing.deadline_ns).await?;
         let mut idle = line.take_idle(core).await;
         loop {
@@ -52,6 +55,7 @@ impl Exchange {
             };
             connection.wake(lane).await;
             let mut text = 0..0;
+            let asked_ns = core.now();
             let answered = ask(core, &mut connection, line, request, timing, &mut text).await;
             match answered {
                 Ok(head) => {
@@ -64,6 +68,7 @@ impl Exchange {
                         decoder: Decoder::new(head.framing),
                         window_end_ns: 0,
                         window_left: 0,
+                        times_ns: [wanted_ns, asked_ns, core.now()],
                     });
                 }
                 // The server closed it while it was idle: nothing was lost but this try.
@@ -75,6 +80,12 @@ impl Exchange {
                 Err(error) => return Err(late(error, core, timing.deadline_ns, "no answer")),
             }
         }
+    }
+
+    /// How long it took to get a connection, and from the request to the head of its answer.
+    pub fn waits_ns(&self) -> (u64, u64) {
+        let [wanted_ns, asked_ns, answered_ns] = self.times_ns;
+        (asked_ns - wanted_ns, answered_ns - asked_ns)
     }
 
     /// The line it goes over.

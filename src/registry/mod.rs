@@ -24,6 +24,7 @@ pub mod localfs;
 mod login;
 pub mod mirrors;
 pub mod origin;
+pub mod pace;
 pub mod pool;
 pub mod redirects;
 pub mod reference;

@@ -13,6 +13,7 @@ use crate::error::{Error, Result};
 use crate::registry::auth::Token;
 use crate::registry::config::{Backend, RegistryConfig};
 use crate::registry::origin::{Location, Origin, Scheme};
+use crate::registry::pace::Pace;
 use crate::registry::pool::{Peer, Surroundings};
 use crate::registry::resolve::Names;
 use crate::registry::secret::Secret;
@@ -98,6 +99,8 @@ pub struct Route {
     pub sources: Vec<Source>,
     /// What the sources' `slot` numbers mean.
     pub slots: Vec<Slot>,
+    /// How its readers fare.
+    pub pace: Pace,
 }
 
 /// Somebody who can be asked.
@@ -140,7 +143,7 @@ impl Route {
             Backend::Registry(config) => (sources(config), slots(config)),
             Backend::LocalFs(_) => (Vec::new(), Vec::new()),
         };
-        Ok(Route { id, backend: backend.clone(), sources, slots })
+        Ok(Route { id, backend: backend.clone(), sources, slots, pace: Pace::default() })
     }
 
     /// The configuration of a registry.

@@ -20,6 +20,8 @@ impl Client {
     /// Runs until `close`; one background task per core.
     pub async fn maintain(&self, core: &Core) {
         *self.keeper.borrow_mut() = Some(core.clone());
+        // Filled anew each time; one that keeps its room allocates nothing beside the fault path.
+        let mut ways: Vec<Rc<Way>> = Vec::with_capacity(limits::REGISTRY_LINE_COUNT_MAX);
         while !self.is_closed.get() {
             let next_ns = core.now() + limits::REGISTRY_MAINTAIN_INTERVAL_NS;
             self.stop.wait(core).by(next_ns).await;
@@ -28,8 +30,8 @@ impl Client {
             let is_young =
                 |way: &Rc<Way>| now_ns - way.used_ns.get() < limits::REGISTRY_WAY_LIFE_NS;
             self.ways.borrow_mut().retain(|_, way| is_young(way));
-            let ways: Vec<Rc<Way>> = self.ways.borrow().values().cloned().collect();
-            for way in ways {
+            ways.extend(self.ways.borrow().values().cloned());
+            for way in ways.drain(..) {
                 if self.is_closed.get() {
                     break;
                 }

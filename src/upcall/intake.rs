@@ -16,6 +16,7 @@ use super::objects::{DoorMail, Objects, OpenBootstrap, Opened, ReadJob};
 use super::opening::OpenJob;
 use crate::blob::crew::Crew;
 use crate::blob::journal::Level;
+use crate::blob::latency::{Cause, Step};
 use crate::blob::statistics::{Counter, Stage};
 use crate::config::{
     DEMAND_SLOTS, HAND_OVER_READS, INTAKE_PAUSE_MAX_NS, INTAKE_PAUSE_NS, Intake, LAYOUT_LOOK_NS,
@@ -247,6 +248,7 @@ impl Door {
             Opened::Data(blob) => {
                 counters.count(Counter::UpcallsRead);
                 counters.add(Counter::BytesAsked, job.range.end - job.range.start);
+                self.crew.record_step(blob, Cause::Demand, Step::Intake, job.taken_ns);
                 (self.crew.serve(blob, job.range.clone()).await, Stage::Read)
             }
             Opened::Bootstrap(bootstrap) => {
@@ -271,7 +273,13 @@ impl Door {
             let text = || format!("read at {} answered with EIO: {error}", job.range.start);
             journal.write(Level::Debug, text);
         }
-        if let Err(error) = self.device.answer_read(&self.crew.core, opened.fd(), job.id) {
+        let began_ns = self.crew.core.now();
+        let answered = self.device.answer_read(&self.crew.core, opened.fd(), job.id);
+        if let Opened::Data(blob) = &opened {
+            self.crew.record_step(blob, Cause::Demand, Step::Answer, began_ns);
+            self.crew.record_step(blob, Cause::Demand, Step::Whole, job.taken_ns);
+        }
+        if let Err(error) = answered {
             // The reader was killed, or the object was closed meanwhile.
             journal.write(Level::Debug, || error.to_string());
         }

@@ -19,6 +19,7 @@ use super::sys;
 use crate::blob::cache::Cache;
 use crate::blob::crew::Crew;
 use crate::blob::journal::Level;
+use crate::blob::latency::{Cause, DoorKind, Step};
 use crate::blob::open::OpenBlob;
 use crate::blob::statistics::{Counter, Stage};
 use crate::config::{
@@ -192,7 +193,10 @@ impl Watch {
         loop {
             let job = self.jobs.pop(&self.crew.core, |_| true).await;
             let _inside = self.crew.gate.enter(&self.crew.core);
-            match self.serve(&job).await {
+            self.record(Step::Intake, job.taken_ns);
+            let served = self.serve(&job).await;
+            let began_ns = self.crew.core.now();
+            match served {
                 Ok(()) => self.answer(&job, Answer::Allow),
                 Err(error) => {
                     // The fetch that failed has said what and why, once; this is once per reader.
@@ -202,10 +206,18 @@ impl Watch {
                     self.refuse(&job);
                 }
             }
+            self.record(Step::Answer, began_ns);
+            self.record(Step::Whole, job.taken_ns);
             self.crew.record(Stage::Read, job.taken_ns);
             self.idle_slots.set((self.idle_slots.get() + 1).min(DEMAND_SLOTS));
             self.slot_freed.wake_all(&self.crew.core);
         }
+    }
+
+    fn record(&self, step: Step, since_ns: u64) {
+        let elapsed_ns = self.crew.core.now().saturating_sub(since_ns);
+        let mut statistics = self.crew.statistics.borrow_mut();
+        statistics.latencies.record(DoorKind::Fanotify, Cause::Demand, step, elapsed_ns);
     }
 
     async fn serve(&self, job: &EventJob) -> Result<()> {
