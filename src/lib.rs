@@ -18,7 +18,7 @@
 //! * [`store`]: where bytes go: cache objects, and the ledger of what they were filled under.
 //! * [`blob`]: policy. Which bytes are here, who fetches the rest, in which order.
 //! * [`upcall`]: who asks. The codec of /dev/cachefiles, the device, the intake of one core.
-//! * [`plug`]: what container engines plug in. Knows no daemon: [`cli`] hands it the calls it needs.
+//! * [`plug`]: what container engines plug in. Knows no daemon: [`cli`] hands it what it needs.
 //! * [`daemon`]: wiring. Workers, the control API (nydusd's, and our own), statistics, culling, and
 //!   what outlives a daemon: registrations on disk, the keeper, a supervisor.
 //! * [`build`]: making images: layers to blobs and a bootstrap, and from any place to any other.

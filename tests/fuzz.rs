@@ -12,8 +12,8 @@
 
 mod support;
 
-use sluice::build::{Builder, Compression, Options};
 use prost::Message as _;
+use sluice::build::{Builder, Compression, Options};
 use sluice::daemon::api::route;
 use sluice::daemon::entry::Entry;
 use sluice::daemon::http::{Progress, parse as parse_request};

@@ -97,8 +97,8 @@ impl Arena {
             let error = std::io::Error::last_os_error();
             return Err(Error::io(&error, "cannot map a core's buffers"));
         }
-        // SAFETY: the mapping is ours, and advice changes no byte of it. Huge pages halve the time of
-        // decompressing into it where memory is mapped twice, as in a virtual machine. A kernel
+        // SAFETY: the mapping is ours, and advice changes no byte of it. Huge pages halve the time
+        // of decompressing into it where memory is mapped twice, as in a virtual machine. A kernel
         // without them says no, which is no harm.
         unsafe { libc::madvise(address, ARENA_SIZE, libc::MADV_HUGEPAGE) };
         let base = NonNull::new(address.cast::<u8>()).expect("mmap never maps page zero");

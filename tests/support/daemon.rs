@@ -56,7 +56,14 @@ impl Daemon {
             .spawn()
             .expect("the program is built");
         self.child = Some(child);
-        self.wait_until("it answers", |daemon| UnixStream::connect(daemon.socket()).is_ok());
+        self.wait_until("it answers", |daemon| daemon.answers().is_ok_and(|count| count > 0));
+    }
+
+    /// Bytes of an answer it gave. Who connects may still meet the socket of one that was killed.
+    fn answers(&self) -> std::io::Result<usize> {
+        let mut stream = UnixStream::connect(self.socket())?;
+        stream.write_all(b"GET /api/v1/daemon HTTP/1.1\r\nConnection: close\r\n\r\n")?;
+        stream.read_to_end(&mut Vec::new())
     }
 
     /// Ends it as a power button would.
