@@ -68,7 +68,7 @@ enum Verdict {
     about = "Containers start before their image has been downloaded",
     after_help = "A first image, lazily:\n  \
         sluice doctor\n  \
-        sluice daemon --fscache /var/lib/sluice/fscache &\n  \
+        sluice daemon &\n  \
         sluice mount registry.example/team/app:1.0-nydus /mnt\n  \
         sluice stat\n  \
         sluice umount /mnt"
