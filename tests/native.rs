@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::json;
+use sluice::image::{Bootstrap, Segmentation};
 use support::daemon::{Daemon, Disk, forget_pages};
 use support::registry::{IMAGES, Registry};
 use support::tree::{assert_same_tree, files, source};
@@ -55,6 +56,40 @@ fn images_that_share_a_blob_share_its_segments() {
     daemon.unmount(&one);
     forget_pages();
     assert_same_tree(&two);
+}
+
+#[test]
+fn prefetch_brings_the_image_without_a_reader_and_readers_go_first() {
+    let registry = Registry::with_images(&[]);
+    registry.fault(json!([{"blob": "", "effect": {"latency_ms": 20}}]));
+    let mut daemon = Daemon::start(&[]);
+    let (address, options) = (registry.address(), ["--prefetch"]);
+    let asked = daemon.mount_as("zstd-64k", address, "asked", &options);
+    let plain = daemon.mount("zran", address, "plain");
+    // Somebody reads meanwhile, of this image and of another.
+    assert_same_tree(&asked);
+    assert_same_tree(&plain);
+    let unread = daemon.mount_as("lz4-1m", address, "unread", &options);
+    daemon.wait_until("it begins by itself", |daemon| daemon.count("prefetch_bytes") > 0);
+    // A successor goes on with it.
+    daemon.kill();
+    daemon.start_again();
+    let (blob, whole) = blob_and_size("lz4-1m");
+    daemon.wait_until("all of it is here", |daemon| daemon.blob_bytes(&blob) == whole);
+    registry.forget();
+    forget_pages();
+    assert_same_tree(&unread);
+    assert_eq!(registry.blob_reads().len(), 0, "it was here before anybody read it");
+    assert_eq!(daemon.count("reads_failed"), 0);
+}
+
+/// An image's only blob, and how many bytes its segments have.
+fn blob_and_size(image: &str) -> (String, u64) {
+    let bootstrap = std::fs::read(folder(image).join("image.boot")).expect("a bootstrap");
+    let bootstrap = Bootstrap::parse(bootstrap).expect("a good one");
+    let plans = Segmentation::of_image(&bootstrap).expect("it can be cut");
+    let size = plans[0].segments().map(|segment| segment.size).sum();
+    (bootstrap.blobs()[0].id.to_string(), size)
 }
 
 /// An overlay over an image, until dropped.

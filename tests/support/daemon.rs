@@ -203,9 +203,15 @@ impl Daemon {
     /// Bytes of all segments.
     pub fn cached_bytes(&self) -> u64 {
         let blobs = std::fs::read_dir(self.path("cache/segments")).into_iter().flatten().flatten();
-        let files = blobs.filter_map(|blob| std::fs::read_dir(blob.path()).ok()).flatten();
+        blobs.map(|blob| self.blob_bytes(&blob.file_name().to_string_lossy())).sum()
+    }
+
+    /// Bytes of a blob's segments.
+    pub fn blob_bytes(&self, blob_id: &str) -> u64 {
+        let blob = self.path("cache/segments").join(blob_id);
+        let files = std::fs::read_dir(blob).into_iter().flatten().flatten();
         let is_segment = |name: &str| name.contains('-');
-        let files = files.flatten().filter(|file| is_segment(&file.file_name().to_string_lossy()));
+        let files = files.filter(|file| is_segment(&file.file_name().to_string_lossy()));
         files.filter_map(|file| file.metadata().ok()).map(|metadata| metadata.len()).sum()
     }
 }
