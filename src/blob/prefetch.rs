@@ -69,6 +69,11 @@ impl Crew {
             if blob.is_closed.load(Ordering::Relaxed) || self.gate.is_closed() {
                 return;
             }
+            if blob.cache.is_short_of_room() {
+                // What somebody reads is worth more than what nobody has asked for.
+                let text = || format!("{}: prefetch ends, the quota is reached", blob.name());
+                return self.parts.journal.write(Level::Info, text);
+            }
             let chunks = layout.chunks_in(at..at + step);
             let launched = self.launch(blob, &layout, chunks, Cause::Prefetch, deadline_ns());
             if launched.is_ok() {
