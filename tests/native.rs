@@ -15,6 +15,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::json;
 use sluice::image::{Bootstrap, Segmentation};
+use support::built::Built;
 use support::daemon::{Daemon, Disk, forget_pages};
 use support::registry::{IMAGES, Registry};
 use support::tree::{assert_same_tree, files, source};
@@ -40,6 +41,48 @@ fn every_image_equals_its_source_and_is_asked_for_once() {
         daemon.unmount(&place);
     }
     assert_eq!(daemon.count("reads_failed"), 0);
+}
+
+#[test]
+fn an_image_is_mounted_twice_and_unmounted_in_any_order() {
+    let registry = Registry::with_images(&[]);
+    let daemon = Daemon::start(&[]);
+    for (image, leaves) in [("zstd-64k", 0), ("lz4-1m", 1)] {
+        let mount = |place: &str| daemon.mount(image, registry.address(), place);
+        let places = [mount(&format!("{image}-one")), mount(&format!("{image}-two"))];
+        let (left, stays) = (&places[leaves], &places[1 - leaves]);
+        daemon.unmount(left);
+        // What nobody has read yet is still asked for.
+        assert_same_tree(stays);
+        let (bytes, fetched) = (daemon.cached_bytes(), daemon.count("fetched_bytes"));
+        mount(&format!("{image}-{}", ["one", "two"][leaves]));
+        forget_pages();
+        assert_same_tree(left);
+        assert_eq!((daemon.cached_bytes(), daemon.count("fetched_bytes")), (bytes, fetched));
+        daemon.unmount(stays);
+        forget_pages();
+        assert_same_tree(left);
+        daemon.unmount(left);
+    }
+    let output = daemon.run(&["images"]);
+    let shown = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(!shown.contains(&*daemon.home.path().to_string_lossy()), "{shown}");
+    assert_eq!(daemon.count("reads_failed"), 0);
+}
+
+#[test]
+fn programs_run_from_an_image_that_is_not_there_yet() {
+    let program = std::fs::read("/bin/cat").expect("a program");
+    let image = Built::of(vec![(PathBuf::from("cat"), program)]);
+    let daemon = Daemon::start(&[]);
+    let place = image.mount(&daemon, "image");
+    for round in 0..2 {
+        let said = Command::new(place.join("cat")).arg("/proc/self/comm").output().expect("runs");
+        assert_eq!(said.stdout, b"cat\n", "{round}");
+        forget_pages();
+    }
+    assert!(daemon.count("upcalls_read") > 0 && daemon.count("reads_failed") == 0);
+    daemon.unmount(&place);
 }
 
 #[test]
@@ -298,23 +341,9 @@ fn a_thousand_images_are_mounted_and_read_at_once() {
     const IMAGES_MOUNTED: usize = 1000;
     let registry = Registry::with_images(&[]);
     let mut daemon = Daemon::start(&["-l", "warn"]);
-    let bootstrap = folder("zstd-64k").join("image.boot");
-    let entry = |id: &str| {
-        let config = json!({"scheme": "http", "host": registry.address(), "repo": "zstd-64k"});
-        json!({"type": "bootstrap", "id": id, "domain_id": id, "config": {"id": id,
-            "backend_type": "registry", "backend_config": config, "cache_type": "fscache",
-            "cache_config": {"work_dir": "/tmp"}, "metadata_path": bootstrap}})
-    };
-    for number in 0..IMAGES_MOUNTED {
-        let (id, place) = (format!("i{number}"), daemon.path(&format!("m/{number}")));
-        std::fs::create_dir_all(&place).expect("a mountpoint");
-        let wish = json!({"entry": entry(&id), "mountpoint": place});
-        assert_eq!(daemon.put("/api/sluice/v1/mounts", &wish), 200, "{}", daemon.log());
-    }
-    let places = daemon.path("m");
-    let place = |number: usize| places.join(number.to_string());
+    let places = daemon.mount_copies("zstd-64k", registry.address(), IMAGES_MOUNTED);
     for number in [0, IMAGES_MOUNTED / 2, IMAGES_MOUNTED - 1] {
-        assert_same_tree(&place(number));
+        assert_same_tree(&places[number]);
     }
     let resident = std::fs::read_to_string(format!("/proc/{}/status", daemon.pid()));
     let resident = resident.expect("it runs");
@@ -322,6 +351,6 @@ fn a_thousand_images_are_mounted_and_read_at_once() {
     assert_eq!(daemon.count("reads_failed"), 0);
     daemon.stop();
     for number in [1, IMAGES_MOUNTED - 2] {
-        assert_same_tree(&place(number));
+        assert_same_tree(&places[number]);
     }
 }

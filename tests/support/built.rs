@@ -1,5 +1,7 @@
 //! Images of any size, made by the built program out of files nobody can compress.
 
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -19,14 +21,20 @@ pub struct Built {
 impl Built {
     /// `count` files of `size` bytes; the same bytes for the same seed.
     pub fn new(count: usize, size: usize, seed: u64) -> Built {
+        let name = |number: usize| PathBuf::from(format!("file-{number:04}"));
+        let bytes = |number: usize| noise(size, seed << 32 | number as u64);
+        Built::of((0..count).map(|number| (name(number), bytes(number))).collect())
+    }
+
+    /// These files, executable.
+    pub fn of(files: Vec<(PathBuf, Vec<u8>)>) -> Built {
         let home = TempDir::new_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder under target");
         let tree = home.path().join("tree");
         std::fs::create_dir(&tree).expect("a folder");
-        let name = |number: usize| PathBuf::from(format!("file-{number:04}"));
-        let bytes = |number: usize| noise(size, seed << 32 | number as u64);
-        let files: Vec<_> = (0..count).map(|number| (name(number), bytes(number))).collect();
         for (path, bytes) in &files {
-            std::fs::write(tree.join(path), bytes).expect("room");
+            let path = tree.join(path);
+            std::fs::write(&path, bytes).expect("room");
+            std::fs::set_permissions(&path, Permissions::from_mode(0o755)).expect("ours");
         }
         let mut build = Command::new(env!("CARGO_BIN_EXE_sluice"));
         build.arg("build").arg(&tree).arg("-o").arg(home.path().join("image"));

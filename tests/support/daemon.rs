@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use sluice::upcall::mountinfo;
 use tempfile::TempDir;
 
@@ -160,6 +160,24 @@ impl Daemon {
         arguments.push(&at);
         assert!(self.run(&arguments).status.success(), "{}", self.log());
         mountpoint
+    }
+
+    /// Mounts a test image many times, under an id of its own each.
+    pub fn mount_copies(&self, image: &str, registry: &str, count: usize) -> Vec<PathBuf> {
+        let bootstrap = folder(image).join("image.boot");
+        let backend = json!({"scheme": "http", "host": registry, "repo": image});
+        let mount = |number: usize| {
+            let (id, place) = (format!("i{number}"), self.path(&format!("m/{number}")));
+            std::fs::create_dir_all(&place).expect("a mountpoint");
+            let config = json!({"id": id, "backend_type": "registry", "backend_config": backend,
+                "cache_type": "fscache", "cache_config": {"work_dir": "/tmp"},
+                "metadata_path": bootstrap});
+            let entry = json!({"type": "bootstrap", "id": id, "domain_id": id, "config": config});
+            let wish = json!({"entry": entry, "mountpoint": place});
+            assert_eq!(self.put("/api/sluice/v1/mounts", &wish), 200, "{}", self.log());
+            place
+        };
+        (0..count).map(mount).collect()
     }
 
     pub fn unmount(&self, mountpoint: &Path) {
