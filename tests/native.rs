@@ -14,6 +14,8 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::json;
+use sluice::image::{Bootstrap, Segmentation};
+use support::built::Built;
 use support::daemon::{Daemon, Disk, forget_pages};
 use support::registry::{IMAGES, Registry};
 use support::tree::{assert_same_tree, files, source};
@@ -42,6 +44,48 @@ fn every_image_equals_its_source_and_is_asked_for_once() {
 }
 
 #[test]
+fn an_image_is_mounted_twice_and_unmounted_in_any_order() {
+    let registry = Registry::with_images(&[]);
+    let daemon = Daemon::start(&[]);
+    for (image, leaves) in [("zstd-64k", 0), ("lz4-1m", 1)] {
+        let mount = |place: &str| daemon.mount(image, registry.address(), place);
+        let places = [mount(&format!("{image}-one")), mount(&format!("{image}-two"))];
+        let (left, stays) = (&places[leaves], &places[1 - leaves]);
+        daemon.unmount(left);
+        // What nobody has read yet is still asked for.
+        assert_same_tree(stays);
+        let (bytes, fetched) = (daemon.cached_bytes(), daemon.count("fetched_bytes"));
+        mount(&format!("{image}-{}", ["one", "two"][leaves]));
+        forget_pages();
+        assert_same_tree(left);
+        assert_eq!((daemon.cached_bytes(), daemon.count("fetched_bytes")), (bytes, fetched));
+        daemon.unmount(stays);
+        forget_pages();
+        assert_same_tree(left);
+        daemon.unmount(left);
+    }
+    let output = daemon.run(&["images"]);
+    let shown = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(!shown.contains(&*daemon.home.path().to_string_lossy()), "{shown}");
+    assert_eq!(daemon.count("reads_failed"), 0);
+}
+
+#[test]
+fn programs_run_from_an_image_that_is_not_there_yet() {
+    let program = std::fs::read("/bin/cat").expect("a program");
+    let image = Built::of(vec![(PathBuf::from("cat"), program)]);
+    let daemon = Daemon::start(&[]);
+    let place = image.mount(&daemon, "image");
+    for round in 0..2 {
+        let said = Command::new(place.join("cat")).arg("/proc/self/comm").output().expect("runs");
+        assert_eq!(said.stdout, b"cat\n", "{round}");
+        forget_pages();
+    }
+    assert!(daemon.count("upcalls_read") > 0 && daemon.count("reads_failed") == 0);
+    daemon.unmount(&place);
+}
+
+#[test]
 fn images_that_share_a_blob_share_its_segments() {
     let registry = Registry::with_images(&[]);
     let daemon = Daemon::start(&[]);
@@ -55,6 +99,40 @@ fn images_that_share_a_blob_share_its_segments() {
     daemon.unmount(&one);
     forget_pages();
     assert_same_tree(&two);
+}
+
+#[test]
+fn prefetch_brings_the_image_without_a_reader_and_readers_go_first() {
+    let registry = Registry::with_images(&[]);
+    registry.fault(json!([{"blob": "", "effect": {"latency_ms": 20}}]));
+    let mut daemon = Daemon::start(&[]);
+    let (address, options) = (registry.address(), ["--prefetch"]);
+    let asked = daemon.mount_as("zstd-64k", address, "asked", &options);
+    let plain = daemon.mount("zran", address, "plain");
+    // Somebody reads meanwhile, of this image and of another.
+    assert_same_tree(&asked);
+    assert_same_tree(&plain);
+    let unread = daemon.mount_as("lz4-1m", address, "unread", &options);
+    daemon.wait_until("it begins by itself", |daemon| daemon.count("prefetch_bytes") > 0);
+    // A successor goes on with it.
+    daemon.kill();
+    daemon.start_again();
+    let (blob, whole) = blob_and_size("lz4-1m");
+    daemon.wait_until("all of it is here", |daemon| daemon.blob_bytes(&blob) == whole);
+    registry.forget();
+    forget_pages();
+    assert_same_tree(&unread);
+    assert_eq!(registry.blob_reads().len(), 0, "it was here before anybody read it");
+    assert_eq!(daemon.count("reads_failed"), 0);
+}
+
+/// An image's only blob, and how many bytes its segments have.
+fn blob_and_size(image: &str) -> (String, u64) {
+    let bootstrap = std::fs::read(folder(image).join("image.boot")).expect("a bootstrap");
+    let bootstrap = Bootstrap::parse(bootstrap).expect("a good one");
+    let plans = Segmentation::of_image(&bootstrap).expect("it can be cut");
+    let size = plans[0].segments().map(|segment| segment.size).sum();
+    (bootstrap.blobs()[0].id.to_string(), size)
 }
 
 /// An overlay over an image, until dropped.
@@ -263,23 +341,9 @@ fn a_thousand_images_are_mounted_and_read_at_once() {
     const IMAGES_MOUNTED: usize = 1000;
     let registry = Registry::with_images(&[]);
     let mut daemon = Daemon::start(&["-l", "warn"]);
-    let bootstrap = folder("zstd-64k").join("image.boot");
-    let entry = |id: &str| {
-        let config = json!({"scheme": "http", "host": registry.address(), "repo": "zstd-64k"});
-        json!({"type": "bootstrap", "id": id, "domain_id": id, "config": {"id": id,
-            "backend_type": "registry", "backend_config": config, "cache_type": "fscache",
-            "cache_config": {"work_dir": "/tmp"}, "metadata_path": bootstrap}})
-    };
-    for number in 0..IMAGES_MOUNTED {
-        let (id, place) = (format!("i{number}"), daemon.path(&format!("m/{number}")));
-        std::fs::create_dir_all(&place).expect("a mountpoint");
-        let wish = json!({"entry": entry(&id), "mountpoint": place});
-        assert_eq!(daemon.put("/api/sluice/v1/mounts", &wish), 200, "{}", daemon.log());
-    }
-    let places = daemon.path("m");
-    let place = |number: usize| places.join(number.to_string());
+    let places = daemon.mount_copies("zstd-64k", registry.address(), IMAGES_MOUNTED);
     for number in [0, IMAGES_MOUNTED / 2, IMAGES_MOUNTED - 1] {
-        assert_same_tree(&place(number));
+        assert_same_tree(&places[number]);
     }
     let resident = std::fs::read_to_string(format!("/proc/{}/status", daemon.pid()));
     let resident = resident.expect("it runs");
@@ -287,6 +351,6 @@ fn a_thousand_images_are_mounted_and_read_at_once() {
     assert_eq!(daemon.count("reads_failed"), 0);
     daemon.stop();
     for number in [1, IMAGES_MOUNTED - 2] {
-        assert_same_tree(&place(number));
+        assert_same_tree(&places[number]);
     }
 }

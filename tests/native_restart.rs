@@ -4,6 +4,7 @@
 mod support;
 
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use serde_json::json;
 use support::daemon::{Daemon, forget_pages};
@@ -78,4 +79,44 @@ fn what_was_unmounted_while_no_daemon_lived_is_forgotten() {
         daemon.unmount(place);
     }
     assert!(remembered(&daemon).is_empty());
+}
+
+#[test]
+fn a_thousand_images_serve_what_is_cached_while_their_registry_is_down() {
+    const IMAGES_MOUNTED: usize = 1000;
+    let mut registry = Registry::with_images(&[]);
+    let mut daemon = Daemon::start(&["-l", "warn"]);
+    let address = registry.address().to_owned();
+    let places = daemon.mount_copies("zstd-64k", &address, IMAGES_MOUNTED);
+    assert_same_tree(&places[0]);
+    registry.kill();
+    daemon.kill_all();
+    forget_pages();
+
+    let since = Instant::now();
+    let first = std::thread::scope(|scope| {
+        // Nobody waits for the daemon: what is there is read without it.
+        let reader = scope.spawn(|| {
+            assert_same_tree(places.last().expect("a thousand"));
+            since.elapsed()
+        });
+        daemon.start_again();
+        reader.join().expect("it compares")
+    });
+    let answers = since.elapsed();
+    // A container that starts now needs the daemon, and not the images before it.
+    let place = daemon.mount("zstd-64k", &address, "new");
+    assert_same_tree(&place);
+    let mounted = since.elapsed();
+    daemon.wait_until("all has come back", |daemon| {
+        daemon.stat()["daemon"]["restored"] == json!({"images": IMAGES_MOUNTED, "skipped": 0})
+    });
+    eprintln!(
+        "from exec: mounted image read whole {first:?}, API {answers:?}, another image mounted and \
+         read {mounted:?}, all images back {:?}",
+        since.elapsed()
+    );
+    forget_pages();
+    assert_same_tree(&places[IMAGES_MOUNTED / 2]);
+    assert_eq!(daemon.count("reads_failed"), 0);
 }

@@ -45,6 +45,16 @@ impl Cache {
         matches!(self, Cache::Segments(_))
     }
 
+    /// Whether more bytes would take it above its quota.
+    pub fn is_short_of_room(&self) -> bool {
+        match self {
+            Cache::Object { .. } => false,
+            Cache::Segments(segments) => {
+                segments.files.first().is_some_and(|file| file.directory.space().is_above_high())
+            }
+        }
+    }
+
     /// By which door it is read.
     pub fn door(&self) -> DoorKind {
         match self {

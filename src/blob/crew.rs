@@ -44,6 +44,8 @@ pub enum Mail {
         /// A blob the backend has.
         blob: Option<BlobId>,
     },
+    /// Fetch this blob in the background.
+    Prefetch(Arc<OpenBlob>),
     /// Hand over a copy of the core's statistics.
     Snapshot(SnapshotRequest),
     /// Let nobody new in, finish, end.
@@ -89,7 +91,7 @@ pub struct Crew {
     /// Flights nobody waits for yet.
     pub ahead: Queue<FlightId>,
     /// Blobs to prefetch.
-    pub prefetch: Queue<Arc<OpenBlob>>,
+    pub(super) prefetch: Queue<Arc<OpenBlob>>,
     /// Backends to dial ahead.
     pub dials: Queue<(Arc<Route>, Option<BlobId>)>,
     /// Bodies arriving at once.
@@ -216,6 +218,7 @@ impl Crew {
                     // A favour: when many wait already, the first read dials.
                     let _ = self.dials.push(&self.core, (route, blob));
                 }
+                Mail::Prefetch(blob) => self.prefetch_later(blob),
                 Mail::Settled => self.news.wake_all(&self.core),
                 Mail::Snapshot(request) => request.answer(&self.statistics.borrow()),
                 Mail::Stop { within_ns: time_ns } => {

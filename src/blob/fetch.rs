@@ -257,7 +257,11 @@ impl Crew {
                 return (landing, Err(error));
             }
             self.record_step(blob, *cause, Step::Fill, began_ns);
-            self.parts.counters.add(Counter::BytesFilled, row.bytes.len() as u64);
+            let size = row.bytes.len() as u64;
+            self.parts.counters.add(Counter::BytesFilled, size);
+            if *cause == Cause::Prefetch {
+                self.parts.counters.add(Counter::PrefetchBytes, size);
+            }
             let published = blob.cache.publish(layout, &row, self.id());
             self.parts.counters.add(Counter::ChunksFilled, u64::from(published));
             self.announce(attempt.id, attempt.plan);

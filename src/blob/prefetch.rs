@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::crew::Crew;
+use super::journal::Level;
 use super::latency::Cause;
 use super::open::OpenBlob;
 use super::statistics::Counter;
@@ -21,6 +22,14 @@ use crate::config::{
 const PAUSE_NS: u64 = 5 * MILLISECOND_NS;
 
 impl Crew {
+    /// Has a blob fetched when those before it have been.
+    pub fn prefetch_later(&self, blob: Arc<OpenBlob>) {
+        if let Err(blob) = self.prefetch.push(&self.core, blob) {
+            let text = || format!("{}: too many prefetches wait; skipped", blob.name());
+            self.parts.journal.write(Level::Warn, text);
+        }
+    }
+
     /// Takes blobs from the prefetch queue, for ever.
     pub(super) async fn prefetch_all(self: &Rc<Self>) {
         loop {
@@ -59,6 +68,11 @@ impl Crew {
             let step = step.min(allowed);
             if blob.is_closed.load(Ordering::Relaxed) || self.gate.is_closed() {
                 return;
+            }
+            if blob.cache.is_short_of_room() {
+                // What somebody reads is worth more than what nobody has asked for.
+                let text = || format!("{}: prefetch ends, the quota is reached", blob.name());
+                return self.parts.journal.write(Level::Info, text);
             }
             let chunks = layout.chunks_in(at..at + step);
             let launched = self.launch(blob, &layout, chunks, Cause::Prefetch, deadline_ns());

@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use super::output::Output;
 use super::source::{Place, Source};
 use super::{Daemon, Verdict, bootstraps};
+use crate::blob::registration::PrefetchConfig;
 use crate::config;
 use crate::daemon::mounts::Door;
 use crate::error::{Error, Result};
@@ -45,6 +46,9 @@ pub struct Options {
     /// The kernel interface to mount through; the daemon chooses if absent.
     #[arg(long, value_enum, value_name = "DOOR")]
     door: Option<Door>,
+    /// Fetch the whole image in the background; what is read goes first.
+    #[arg(long)]
+    prefetch: bool,
     /// Where bootstraps are kept.
     #[arg(long, value_name = "DIR", default_value = config::STATE_DIR_DEFAULT)]
     state_dir: PathBuf,
@@ -70,7 +74,8 @@ pub fn run(options: &Options, out: &mut Output) -> Result<Verdict> {
     if let Some(domain) = &options.domain {
         check_name("--domain", domain)?;
     }
-    let image = Named { fsid: &fsid, domain_id: options.domain.as_deref() };
+    let (domain_id, prefetch) = (options.domain.as_deref(), options.prefetch);
+    let image = Named { fsid: &fsid, domain_id, prefetch };
     let entry = registration(&image, &source.backend, &stored.path)?;
     let door = options.door.map(Door::name);
     let wish = json!({ "entry": entry, "mountpoint": mountpoint, "door": door });
@@ -84,6 +89,7 @@ pub fn run(options: &Options, out: &mut Output) -> Result<Verdict> {
 struct Named<'a> {
     fsid: &'a str,
     domain_id: Option<&'a str>,
+    prefetch: bool,
 }
 
 /// What the first name stands for.
@@ -147,6 +153,7 @@ fn registration(image: &Named<'_>, backend: &Value, bootstrap: &Path) -> Result<
         })
     };
     let work_dir = path(bootstrap.parent().unwrap_or(Path::new("/")))?;
+    let prefetch = PrefetchConfig::default();
     Ok(json!({
         "type": "bootstrap",
         "id": image.fsid,
@@ -158,6 +165,12 @@ fn registration(image: &Named<'_>, backend: &Value, bootstrap: &Path) -> Result<
             "cache_type": "fscache",
             "cache_config": { "work_dir": work_dir },
             "metadata_path": path(bootstrap)?,
+            "prefetch_config": {
+                "enable": image.prefetch,
+                "threads_count": prefetch.threads,
+                "merging_size": prefetch.merging_size_bytes,
+                "bandwidth_rate": prefetch.bandwidth_bytes_per_second,
+            },
         },
     }))
 }
@@ -167,7 +180,7 @@ mod tests {
     use super::*;
 
     fn image(domain_id: Option<&str>) -> Named<'_> {
-        Named { fsid: "demo", domain_id }
+        Named { fsid: "demo", domain_id, prefetch: false }
     }
 
     #[test]

@@ -37,7 +37,9 @@ pub const AWAKE_IDLE_NS: u64 = 300 * SECOND_NS;
 pub const EVICTION_LISTEN_MS: u64 = 1_000;
 /// Readers that were let in before a segment was claimed are done after so long.
 pub const EVICTION_GRACE_MS: u64 = 1_000;
-/// The pause between two attempts to keep the quota.
+/// The pause between two searches for blobs that nobody uses.
+pub const EVICTION_SEARCH_MS: u64 = 200;
+/// The pause between two evictions from mounted images.
 pub const EVICTION_PAUSE_MS: u64 = 2_000;
 /// Segments of mounted images that are decided on together.
 pub const EVICTION_BATCH: usize = 4 * KIB;

@@ -31,7 +31,7 @@ pub fn control(hooks: Hooks) -> ControlPlane {
         identity: Identity::default(),
         culler: None,
         ledger: None,
-        mounts: super::mounts::Mounts::new(None, false, Box::new(|_, _, _| ())),
+        mounts: super::mounts::Mounts::new(None, false, Box::new(|_, _, _| ()), Box::new(drop)),
         evictor: None,
         hooks,
         configured: Mutex::default(),

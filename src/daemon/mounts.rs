@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use clap::ValueEnum;
 
+use crate::blob::open::OpenBlob;
 use crate::blob::registration::Image;
 use crate::error::{Error, Result};
 use crate::upcall::binder::Binder;
@@ -49,6 +50,9 @@ pub struct Mounted {
 /// Told what is mounted of an image now: its domain, its id, the places.
 pub type Changed = Box<dyn Fn(&str, &str, &[(Place, Door)]) + Send + Sync>;
 
+/// Told of a blob that is to be fetched before anybody asks.
+pub type Prefetch = Box<dyn Fn(Arc<OpenBlob>) + Send + Sync>;
+
 /// The mounts of a daemon.
 pub struct Mounts {
     /// The fanotify door, if it is open.
@@ -58,6 +62,7 @@ pub struct Mounts {
     table: Mutex<BTreeMap<Place, Mounted>>,
     turn: Mutex<()>,
     changed: Changed,
+    prefetch: Prefetch,
 }
 
 impl Door {
@@ -105,9 +110,14 @@ impl Place {
 
 impl Mounts {
     /// Nothing is mounted yet.
-    pub fn new(binder: Option<Arc<Binder>>, has_cachefiles: bool, changed: Changed) -> Mounts {
+    pub fn new(
+        binder: Option<Arc<Binder>>,
+        has_cachefiles: bool,
+        changed: Changed,
+        prefetch: Prefetch,
+    ) -> Mounts {
         let (table, turn) = (Mutex::default(), Mutex::default());
-        Mounts { binder, has_cachefiles, table, turn, changed }
+        Mounts { binder, has_cachefiles, table, turn, changed, prefetch }
     }
 
     /// The fanotify door.
@@ -163,7 +173,10 @@ impl Mounts {
             return Err(Error::Exists(text));
         }
         match (door, &self.binder) {
-            (Door::Fanotify, Some(binder)) => binder.mount(image, &at.mountpoint, peer)?,
+            (Door::Fanotify, Some(binder)) => {
+                let blobs = binder.mount(image, &at.mountpoint, peer)?;
+                blobs.into_iter().for_each(&self.prefetch);
+            }
             (Door::Fanotify, None) => return self.door(Some(door)).map(drop),
             (Door::Cachefiles, _) => self.mount_cookies(image, at, peer)?,
         }
@@ -177,7 +190,7 @@ impl Mounts {
             return Ok(false);
         }
         if let (Door::Fanotify, Some(binder)) = (door, &self.binder) {
-            binder.rebind(image)?;
+            binder.rebind(image)?.into_iter().for_each(&self.prefetch);
         }
         self.lock().insert(at.clone(), Mounted::of(image, door));
         Ok(true)

@@ -15,8 +15,8 @@ use super::doors::FanotifyDoor;
 use super::evictor::Evictor;
 use crate::blob::journal::{Journal, Level};
 use crate::config::{
-    AWAKE_IDLE_NS, DOZE_INTERVAL_MS, EVICTION_PAUSE_MS, SEAL_BATCH, SEAL_DELAY_MS,
-    SEAL_FILES_SYNCED_ONE_BY_ONE, SPACE_COUNT_INTERVAL_MS,
+    AWAKE_IDLE_NS, DOZE_INTERVAL_MS, EVICTION_PAUSE_MS, EVICTION_SEARCH_MS, SEAL_BATCH,
+    SEAL_DELAY_MS, SEAL_FILES_SYNCED_ONE_BY_ONE, SPACE_COUNT_INTERVAL_MS,
 };
 use crate::error::{Error, Result};
 use crate::store::segment::Segment;
@@ -34,7 +34,9 @@ struct Sealing {
     journal: Arc<Journal>,
     /// When the bytes were counted.
     counted: Option<Instant>,
-    /// When the quota was last enforced: bytes that everybody reads are not fought for.
+    /// When was last looked for blobs nobody uses: that reads a folder for each.
+    searched: Option<Instant>,
+    /// When bytes of mounted images last went: those that everybody reads are not fought for.
     evicted: Option<Instant>,
     /// Complete and ignored, not yet on record.
     batch: Vec<Arc<Segment>>,
@@ -59,6 +61,7 @@ impl Sealer {
             evictor: door.evictor,
             journal: Arc::clone(journal),
             counted: None,
+            searched: None,
             evicted: None,
             batch: Vec::with_capacity(SEAL_BATCH),
             since: Instant::now(),
@@ -141,26 +144,31 @@ impl Sealing {
     }
 
     fn keep_quota(&mut self) {
-        let interval = Duration::from_millis(SPACE_COUNT_INTERVAL_MS);
-        if self.counted.is_none_or(|counted| counted.elapsed() >= interval) {
+        if is_due(self.counted, SPACE_COUNT_INTERVAL_MS) {
             self.counted = Some(Instant::now());
             if let Err(error) = self.evictor.count() {
                 self.journal.error(format!("cannot count the cache's bytes: {error}"));
             }
             self.binder.bindings().store().space().report_shortage();
         }
-        let pause = Duration::from_millis(EVICTION_PAUSE_MS);
-        let may_evict = self.evicted.is_none_or(|evicted| evicted.elapsed() >= pause);
-        let space = self.binder.bindings().store().space();
-        if may_evict && space.take_shortage() && space.excess() > 0 {
-            // What waits to be sealed counts as in use.
-            self.seal();
+        let space = Arc::clone(self.binder.bindings().store().space());
+        if !is_due(self.searched, EVICTION_SEARCH_MS) || !space.take_shortage() {
+            return;
+        }
+        self.searched = Some(Instant::now());
+        if space.excess() == 0 {
+            return;
+        }
+        // What waits to be sealed counts as in use.
+        self.seal();
+        self.evictor.make_room(space.excess());
+        if space.excess() > 0 && is_due(self.evicted, EVICTION_PAUSE_MS) {
             self.evictor.keep_quota();
             self.evicted = Some(Instant::now());
-            if self.binder.bindings().store().space().excess() > 0 {
-                // What is in use now may not be later.
-                self.binder.bindings().store().space().report_shortage();
-            }
+        }
+        if space.excess() > 0 {
+            // What is in use now may not be later.
+            space.report_shortage();
         }
     }
 
@@ -171,6 +179,11 @@ impl Sealing {
             self.journal.write(Level::Debug, || format!("{dozing} blobs put to sleep"));
         }
     }
+}
+
+/// Whether something was never done, or so long ago.
+fn is_due(done: Option<Instant>, interval_ms: u64) -> bool {
+    done.is_none_or(|done| done.elapsed() >= Duration::from_millis(interval_ms))
 }
 
 /// Brings the segments' bytes to the disk: few of them one by one, many with the whole file system,

@@ -6,6 +6,7 @@
 //! what the kernel still waits for is failed when the last file of the cache is closed. No reader
 //! hangs either way.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -21,7 +22,7 @@ use super::keeper_link::Place;
 use super::keeper_systemd::{Environment, Systemd};
 use super::lineage::Lineage;
 use super::log;
-use super::mounts::{Door, Mounts};
+use super::mounts::{Door, Mounts, Prefetch};
 use super::options::read_blobs_file;
 use super::reply::Identity;
 use super::sealer::Sealer;
@@ -246,7 +247,7 @@ fn control_plane(
         identity: Identity { id: config.id.clone(), supervisor },
         culler,
         ledger,
-        mounts: Mounts::new(binder, has_cachefiles, changed),
+        mounts: Mounts::new(binder, has_cachefiles, changed, prefetch(workers)),
         evictor: doors.fanotify.as_ref().map(|door| Arc::clone(&door.evictor)),
         hooks: hooks(parts, workers, lineage),
         configured: Mutex::default(),
@@ -286,6 +287,16 @@ fn hooks(parts: &WorkerParts, workers: &Workers, lineage: &Arc<Lineage>) -> Hook
         }),
         more_statistics: Box::new(move || shown.document()),
     }
+}
+
+/// Blobs to prefetch go to one core after the other.
+fn prefetch(workers: &Workers) -> Prefetch {
+    let (mailboxes, turn) = (workers.mailboxes(), AtomicUsize::new(0));
+    Box::new(move |blob| {
+        let core = turn.fetch_add(1, Ordering::Relaxed) % mailboxes.len();
+        // A favour; a core whose mailbox is full has better things to do.
+        let _ = mailboxes[core].send(Mail::Prefetch(blob));
+    })
 }
 
 /// A new image is remembered before its client is told, and its registry is dialled.

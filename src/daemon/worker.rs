@@ -179,7 +179,7 @@ impl Workers {
             let _ = door.send(DoorMail::Stop { is_hand_over });
         }
         for watch in &self.to.watches {
-            let _ = watch.send(WatchMail::Stop);
+            let _ = watch.send(WatchMail::Stop { is_hand_over });
         }
         for mail in &self.to.mail {
             let _ = mail.send(Mail::Stop { within_ns });

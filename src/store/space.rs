@@ -43,11 +43,16 @@ impl Space {
 
     /// Bytes were filled.
     pub fn grow(&self, bytes: u64) {
-        let used = self.used.fetch_add(bytes, Ordering::Relaxed) + bytes;
-        let quota = self.quota();
-        if quota > 0 && used > high_watermark(quota) {
+        self.used.fetch_add(bytes, Ordering::Relaxed);
+        if self.is_above_high() {
             self.is_short.store(true, Ordering::Relaxed);
         }
+    }
+
+    /// Whether eviction is to begin.
+    pub fn is_above_high(&self) -> bool {
+        let quota = self.quota();
+        quota > 0 && self.used() > high_watermark(quota)
     }
 
     /// Bytes were taken away.

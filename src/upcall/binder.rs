@@ -17,10 +17,11 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::bindings::Bindings;
+use super::bindings::{Bindings, Holder};
 use super::group::Group;
 use super::mounting::{self, Binding, below};
 use crate::blob::load::read_bootstrap;
+use crate::blob::open::OpenBlob;
 use crate::blob::registration::Image;
 use crate::config::MIB;
 use crate::error::{Error, Result};
@@ -46,6 +47,8 @@ struct Prepared {
     devices: Vec<String>,
     /// Of the image's blobs.
     directories: Vec<Arc<BlobDirectory>>,
+    /// By blob: whether any segment of it is incomplete.
+    is_missing: Vec<bool>,
 }
 
 impl Binder {
@@ -86,11 +89,17 @@ impl Binder {
         &self.group
     }
 
-    /// Binds an image, unless it is bound, and mounts it at `mountpoint` as `peer` sees it.
+    /// Binds an image, unless it is bound, and mounts it at `mountpoint` as `peer` sees it. Gives
+    /// the blobs to prefetch.
     ///
     /// # Errors
     /// What the disk and the kernel say; the image is bound then as it was before.
-    pub fn mount(&self, image: &Arc<Image>, mountpoint: &Path, peer: Option<u32>) -> Result<()> {
+    pub fn mount(
+        &self,
+        image: &Arc<Image>,
+        mountpoint: &Path,
+        peer: Option<u32>,
+    ) -> Result<Vec<Arc<OpenBlob>>> {
         let prepared = self.prepare(image)?;
         let was_bound = self.bindings.of_image(image).is_some();
         if !was_bound {
@@ -100,19 +109,30 @@ impl Binder {
         if mounted.is_err() && !was_bound {
             self.bindings.unbind(image);
         }
-        mounted
+        mounted.map(|()| self.to_prefetch(image, &prepared.is_missing))
     }
 
-    /// Binds an image that is mounted already, by a daemon that died.
+    /// Binds an image that is mounted already, by a daemon that died. Gives the blobs to prefetch.
     ///
     /// # Errors
     /// What the disk says.
-    pub fn rebind(&self, image: &Arc<Image>) -> Result<()> {
+    pub fn rebind(&self, image: &Arc<Image>) -> Result<Vec<Arc<OpenBlob>>> {
         let prepared = self.prepare(image)?;
         if self.bindings.of_image(image).is_none() {
             self.bindings.bind(image, prepared.directories);
         }
-        Ok(())
+        Ok(self.to_prefetch(image, &prepared.is_missing))
+    }
+
+    /// The blobs with something missing, if the image asks for prefetch. One that does not wake is
+    /// left to its readers, who are told why.
+    fn to_prefetch(&self, image: &Arc<Image>, is_missing: &[bool]) -> Vec<Arc<OpenBlob>> {
+        let bound = self.bindings.of_image(image).filter(|_| image.prefetch.enable);
+        let Some(bound) = bound else { return Vec::new() };
+        let missing = (0..).zip(is_missing).filter(|(_, is_missing)| **is_missing);
+        let wake =
+            |blob_index| Holder { bound: Arc::clone(&bound), blob_index }.wake(&self.bindings);
+        missing.filter_map(|(blob_index, _)| wake(blob_index).ok()).collect()
     }
 
     /// Forgets an image that is mounted no more.
@@ -169,12 +189,14 @@ impl Binder {
         let directories = image.blobs.iter().map(|blob| store.directory(blob.id.as_str()));
         let directories = directories.collect::<Result<Vec<_>>>()?;
         let mut devices = Vec::with_capacity(view.devices.len());
+        let mut is_missing = vec![false; directories.len()];
         for device in &view.devices {
             let directory = &directories[device.blob_index as usize];
             let plan = plans[device.blob_index as usize].segment(device.place);
             let segment = directory.segment(&plan.file_name(), plan.size)?;
-            if segment.is_complete() {
-                self.welcome(&segment)?;
+            match segment.is_complete() {
+                true => self.welcome(&segment)?,
+                false => is_missing[device.blob_index as usize] = true,
             }
             devices.push(format!("{}/{}", directory.blob_id(), segment.name()));
         }
@@ -182,7 +204,7 @@ impl Binder {
             directory.touch();
             directory.tidy();
         }
-        Ok(Prepared { metadata, devices, directories })
+        Ok(Prepared { metadata, devices, directories, is_missing })
     }
 
     /// Lets the kernel read a complete segment without asking; one that is being emptied, or has

@@ -83,10 +83,8 @@ impl Door {
         }
         if let Ok((Opened::Data(blob), _)) = opened
             && blob.image.prefetch.enable
-            && self.crew.prefetch.push(&self.crew.core, blob).is_err()
         {
-            let text = || format!("{domain}/{cookie}: too many prefetches wait; skipped");
-            journal.write(Level::Warn, text);
+            self.crew.prefetch_later(blob);
         }
     }
 

@@ -59,7 +59,10 @@ pub enum WatchMail {
     /// Serve an event: from the core that polls, or of a daemon that died.
     HandOver(EventJob),
     /// Take nothing new.
-    Stop,
+    Stop {
+        /// What cannot be answered with data is left to a successor, not refused.
+        is_hand_over: bool,
+    },
 }
 
 /// The door on one core.
@@ -72,6 +75,7 @@ pub struct Watch {
     idle_slots: Cell<usize>,
     next_sibling: Cell<usize>,
     is_stopped: Cell<bool>,
+    is_handing_over: Cell<bool>,
     /// Where a file's path is read into.
     path: RefCell<Box<[u8; SEGMENT_PATH_MAX_BYTES]>>,
 }
@@ -87,6 +91,7 @@ impl Watch {
             idle_slots: Cell::new(DEMAND_SLOTS),
             next_sibling: Cell::new(0),
             is_stopped: Cell::new(false),
+            is_handing_over: Cell::new(false),
             path: RefCell::new(Box::new([0; SEGMENT_PATH_MAX_BYTES])),
         });
         for _ in 0..DEMAND_SLOTS {
@@ -198,6 +203,8 @@ impl Watch {
             let began_ns = self.crew.core.now();
             match served {
                 Ok(()) => self.answer(&job, Answer::Allow),
+                // Its file stays open, so it is left to the successor, who has the time for it.
+                Err(_) if self.is_handing_over.get() => {}
                 Err(error) => {
                     // The fetch that failed has said what and why, once; this is once per reader.
                     let text =
@@ -317,7 +324,10 @@ impl Watch {
                         if job.taken_ns > 0 { job.taken_ns } else { self.crew.core.now() };
                     self.enqueue(EventJob { taken_ns, ..job });
                 }
-                WatchMail::Stop => self.is_stopped.set(true),
+                WatchMail::Stop { is_hand_over } => {
+                    self.is_stopped.set(true);
+                    self.is_handing_over.set(is_hand_over);
+                }
             }
         }
     }

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use sluice::upcall::mountinfo;
 use tempfile::TempDir;
 
@@ -162,6 +162,24 @@ impl Daemon {
         mountpoint
     }
 
+    /// Mounts a test image many times, under an id of its own each.
+    pub fn mount_copies(&self, image: &str, registry: &str, count: usize) -> Vec<PathBuf> {
+        let bootstrap = folder(image).join("image.boot");
+        let backend = json!({"scheme": "http", "host": registry, "repo": image});
+        let mount = |number: usize| {
+            let (id, place) = (format!("i{number}"), self.path(&format!("m/{number}")));
+            std::fs::create_dir_all(&place).expect("a mountpoint");
+            let config = json!({"id": id, "backend_type": "registry", "backend_config": backend,
+                "cache_type": "fscache", "cache_config": {"work_dir": "/tmp"},
+                "metadata_path": bootstrap});
+            let entry = json!({"type": "bootstrap", "id": id, "domain_id": id, "config": config});
+            let wish = json!({"entry": entry, "mountpoint": place});
+            assert_eq!(self.put("/api/sluice/v1/mounts", &wish), 200, "{}", self.log());
+            place
+        };
+        (0..count).map(mount).collect()
+    }
+
     pub fn unmount(&self, mountpoint: &Path) {
         let output = self.run(&["umount", mountpoint.to_str().expect("text")]);
         assert!(output.status.success(), "{}", self.log());
@@ -203,9 +221,15 @@ impl Daemon {
     /// Bytes of all segments.
     pub fn cached_bytes(&self) -> u64 {
         let blobs = std::fs::read_dir(self.path("cache/segments")).into_iter().flatten().flatten();
-        let files = blobs.filter_map(|blob| std::fs::read_dir(blob.path()).ok()).flatten();
+        blobs.map(|blob| self.blob_bytes(&blob.file_name().to_string_lossy())).sum()
+    }
+
+    /// Bytes of a blob's segments.
+    pub fn blob_bytes(&self, blob_id: &str) -> u64 {
+        let blob = self.path("cache/segments").join(blob_id);
+        let files = std::fs::read_dir(blob).into_iter().flatten().flatten();
         let is_segment = |name: &str| name.contains('-');
-        let files = files.flatten().filter(|file| is_segment(&file.file_name().to_string_lossy()));
+        let files = files.filter(|file| is_segment(&file.file_name().to_string_lossy()));
         files.filter_map(|file| file.metadata().ok()).map(|metadata| metadata.len()).sum()
     }
 }

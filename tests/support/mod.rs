@@ -2,6 +2,7 @@
 //! in each: that is what the `allow` is for. Whatever is started here ends when it is dropped.
 #![allow(dead_code, missing_docs)]
 
+pub mod built;
 pub mod daemon;
 pub mod distribution;
 pub mod fuzzing;
