@@ -79,6 +79,14 @@ named! {
         PrefetchRequests = "prefetch_requests",
         /// Verified bytes the prefetch lane put into the cache.
         PrefetchBytes = "prefetch_bytes",
+        /// Images that could be read at once when they were first wanted, as container services say.
+        StartsLazy = "starts_lazy",
+        /// Images that had to wait for the daemon or the registry.
+        StartsWaited = "starts_waited",
+        /// Images that were fetched whole after such a wait.
+        StartsFull = "starts_full",
+        /// Images that could not be used.
+        StartsFailed = "starts_failed",
         /// Log lines that were lost because the journal was full.
         LinesDropped = "log_lines_dropped",
     }

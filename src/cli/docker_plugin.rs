@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 
 use super::client::{Api, query_value};
 use super::docker_daemon::DaemonBeside;
+use super::snapshotter::STARTS;
 use super::{Daemon, Verdict, output};
 use crate::config;
 use crate::error::{Error, Result};
@@ -19,6 +20,7 @@ use crate::plug::docker::{Options as PluginOptions, Plugin};
 use crate::plug::docker_origin::Settings;
 use crate::plug::docker_server::{Socket, serve};
 use crate::plug::driver_images::Service;
+use crate::plug::start::Starts;
 use crate::registry::config::Backend;
 
 /// The options of `sluice docker-plugin`.
@@ -136,7 +138,7 @@ fn raise_descriptor_limit() {
 fn service(api: Api, domain: &str) -> Service {
     const MOUNTS: &str = "/api/sluice/v1/mounts";
     let api = Arc::new(api);
-    let unmounter = api.clone();
+    let (unmounter, teller) = (api.clone(), api.clone());
     Service {
         mount: Box::new(move |entry, place| {
             api.put(MOUNTS, &json!({ "entry": entry, "mountpoint": place })).map(|_| ())
@@ -146,6 +148,7 @@ fn service(api: Api, domain: &str) -> Service {
             unmounter.delete(&format!("{MOUNTS}?mountpoint={place}")).map(|_| ())
         }),
         reach: Box::new(reach),
+        starts: Starts::new(Box::new(move |news| teller.put(STARTS, news).map(drop))),
         say: Box::new(|text| output::complain(&format!("sluice: {text}"))),
         domain: domain.to_owned(),
     }

@@ -16,13 +16,16 @@ use crate::config::{self, LogLevel};
 use crate::daemon::log;
 use crate::daemon::socket::ControlSocket;
 use crate::error::{Error, Result};
-use crate::plug::snapshot_images::{Mounter, Plan, Policy};
+use crate::plug::snapshot_images::{Mounter, Plan};
 use crate::plug::snapshot_records::private_directory;
 use crate::plug::snapshot_store::Store;
 use crate::plug::snapshotter;
+use crate::plug::start::{Policy, Starts};
 
 /// Where the daemon takes mounts.
 const MOUNTS: &str = "/api/sluice/v1/mounts";
+/// Where it counts how images started.
+pub const STARTS: &str = "/api/sluice/v1/starts";
 
 /// The options of `sluice snapshotter`.
 #[derive(Args)]
@@ -140,11 +143,14 @@ fn mounter(daemon: Daemon) -> Mounter {
         Err(_) if !is_mounted(place)? => Ok(()),
         Err(_) => umount::unmount(place, false),
     };
+    let api = daemon.api();
+    let tell = move |news: &serde_json::Value| api.put(STARTS, news).map(drop);
     Mounter {
         mount: Box::new(mount),
         unmount: Box::new(unmount),
         is_mounted: Box::new(is_mounted),
         is_served: Box::new(is_served),
+        starts: Starts::new(Box::new(tell)),
     }
 }
 

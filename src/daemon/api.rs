@@ -136,12 +136,28 @@ pub enum Call {
     Mounts,
     /// All statistics.
     Stat,
+    /// Count how images started.
+    Starts(Starts),
     /// All images.
     Images,
     /// Bytes by blob, and who uses them.
     Cache,
     /// Give back what nobody uses.
     CollectGarbage,
+}
+
+/// How many images started how, since a container service said so last.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Starts {
+    /// Readable at once.
+    pub lazy: u32,
+    /// After a wait.
+    pub waited: u32,
+    /// After a wait, and whole.
+    pub full: u32,
+    /// Not at all.
+    pub failed: u32,
 }
 
 impl Call {
@@ -207,6 +223,7 @@ pub fn route(request: &Request) -> Result<Call, Response> {
         },
         "/api/v2/blobs" => blobs(request, &target),
         "/api/sluice/v1/mounts" => mounts(request, &target),
+        "/api/sluice/v1/starts" => starts(request),
         "/api/sluice/v1/stat" => request.get(|| Ok(Call::Stat)),
         "/api/sluice/v1/cache" => request.get(|| Ok(Call::Cache)),
         "/api/sluice/v1/gc" => request.act(Call::CollectGarbage),
@@ -281,6 +298,16 @@ fn mounts(request: &Request, target: &Target) -> Result<Call, Response> {
             let mountpoint = PathBuf::from(target.mountpoint()?);
             let is_set = |key| target.value(key).is_some_and(|value| value == "true");
             Ok(Call::Unmount { mountpoint, lazy: is_set("lazy"), keep: is_set("keep"), peer })
+        }
+        _ => Err(reply::bad_request()),
+    }
+}
+
+fn starts(request: &Request) -> Result<Call, Response> {
+    match request.parts() {
+        (Method::Put, Some(body)) => {
+            let starts = entry::from_json(body).map_err(|error| reply::parse_body(&error))?;
+            Ok(Call::Starts(starts))
         }
         _ => Err(reply::bad_request()),
     }

@@ -168,6 +168,10 @@ impl ControlPlane {
             }
             Call::Mounts => reply::document(&reply::mounts(&self.mounts.list())),
             Call::Stat => reply::document(&self.stat()),
+            Call::Starts(starts) => {
+                self.statistics.count_starts(starts);
+                reply::done()
+            }
             Call::Images => told(self.images()),
             Call::Cache => told(self.cache()),
             Call::CollectGarbage => told(self.collect_garbage()),

@@ -405,6 +405,21 @@ fn our_own_statistics_have_everything() {
 }
 
 #[test]
+fn starts_of_images_are_counted_as_they_are_told() {
+    let control = control(Hooks::idle());
+    let starts = "/api/sluice/v1/starts";
+    check(&ask(&control, Method::Put, starts, Some(r#"{"lazy":2,"failed":1}"#)), 204, "");
+    check(&ask(&control, Method::Put, starts, Some(r#"{"full":1,"lazy":1}"#)), 204, "");
+    for refused in [r#"{"lazy":-1}"#, r#"{"other":1}"#, ""] {
+        assert_eq!(ask(&control, Method::Put, starts, Some(refused)).status, 400, "{refused}");
+    }
+    let counters = &body(&get(&control, "/api/sluice/v1/stat"))["counters"];
+    let counted =
+        ["lazy", "waited", "full", "failed"].map(|name| &counters[format!("starts_{name}")]);
+    assert_eq!(counted.map(|count| count.as_u64().unwrap()), [3, 0, 1, 1]);
+}
+
+#[test]
 fn a_removal_while_the_hook_runs_is_passed_on() {
     let work = tempfile::tempdir().unwrap();
     let catalog: Arc<Catalog> = Arc::default();

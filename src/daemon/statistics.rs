@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use hdrhistogram::Histogram;
 use serde_json::{Map, Value, json};
 
+use super::api::Starts;
 use super::reply;
 use crate::blob::latency::{Cause, DoorKind, Step};
 use crate::blob::registration::Image;
@@ -44,6 +45,19 @@ impl Statistics {
     /// The counters.
     pub fn counters(&self) -> &Arc<Counters> {
         &self.counters
+    }
+
+    /// Counts what container services say of images.
+    pub fn count_starts(&self, starts: Starts) {
+        let counters = self.counters.of_core(0);
+        for (counter, amount) in [
+            (Counter::StartsLazy, starts.lazy),
+            (Counter::StartsWaited, starts.waited),
+            (Counter::StartsFull, starts.full),
+            (Counter::StartsFailed, starts.failed),
+        ] {
+            counters.add(counter, amount.into());
+        }
     }
 
     /// Asks every core, waits at most [`STATISTICS_WAIT_MS`] for all of them together.

@@ -144,7 +144,7 @@ mod tests {
             scheme: Scheme::Http,
             host: "127.0.0.1:5000".to_owned(),
             repo: "team/app".to_owned(),
-            start: super::super::docker_origin::Start::Wait,
+            start: super::super::start::Policy::Wait,
         };
         let entry = entry("abc", "", Path::new("/h/layers/abc"), &origin).expect("an entry");
         assert_eq!(entry["id"], "docker-abc");

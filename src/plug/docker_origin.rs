@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
+use super::start::Policy;
 use crate::config;
 use crate::error::{Error, Result};
 use crate::registry::origin::{Origin as Server, Scheme};
@@ -28,20 +29,8 @@ pub struct Origin {
     pub host: String,
     /// The repository.
     pub repo: String,
-    /// What happens at the start of a container.
-    pub start: Start,
-}
-
-/// What happens when an image is about to be used for a container.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Start {
-    /// It is mounted; a daemon that is not there is waited for, and so are bytes, each until the
-    /// daemon's deadline.
-    #[default]
-    Wait,
-    /// The daemon and the registry must answer, or the start fails at once and says why.
-    Fail,
+    /// What happens if the daemon or the registry fails at the start of a container.
+    pub start: Policy,
 }
 
 /// What an operator may write down; nothing of it is needed.
@@ -65,8 +54,8 @@ pub struct Place {
     pub registry: Option<String>,
     /// The repository there.
     pub repo: Option<String>,
-    /// What happens at the start of a container.
-    pub start: Start,
+    /// What happens if the daemon or the registry fails at the start of a container.
+    pub start: Policy,
 }
 
 /// Docker's own notes about the images of one graphdriver, and the operator's.
@@ -262,7 +251,7 @@ mod tests {
 
     fn origin(scheme: Scheme, host: &str, repo: &str) -> Origin {
         let (host, repo) = (host.to_owned(), repo.to_owned());
-        Origin { scheme, host, repo, start: Start::Wait }
+        Origin { scheme, host, repo, start: Policy::Wait }
     }
 
     #[test]
@@ -296,7 +285,7 @@ mod tests {
         let settings = r#"{"repositories":{"r.example/x":
             {"registry":"http://mirror:81","repo":"y","start":"fail"}}}"#;
         let (_root, store) = docker(Some(pull), settings);
-        let wanted = Origin { start: Start::Fail, ..origin(Scheme::Http, "mirror:81", "y") };
+        let wanted = Origin { start: Policy::Fail, ..origin(Scheme::Http, "mirror:81", "y") };
         assert_eq!(store.origin(LAYER), Ok(wanted));
         let settings = r#"{"default":{"registry":"https://r.example","repo":"z"}}"#;
         let (_root, store) = docker(None, settings);

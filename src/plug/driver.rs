@@ -229,6 +229,9 @@ impl Driver {
         let image = if is_image(&record) { Some(id.to_owned()) } else { self.image_below(id)? };
         if let Some(image) = image {
             note("LazyImage", shown(&image, "diff/image/image.boot"));
+            if let Some(start) = self.images.start(&image) {
+                note("LazyStart", start.to_string());
+            }
             note(
                 "LazyOrigin",
                 match self.images.origin(&self.layers, &image) {
@@ -255,6 +258,7 @@ impl Driver {
             pair("Home", self.home().display().to_string()),
             pair("Layers", ids.len().to_string()),
             pair("Lazily loaded images", format!("{} ({mounted} mounted)", images.len())),
+            pair("Starts of them", self.images.starts()),
         ]
     }
 

@@ -15,9 +15,11 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use super::docker_image;
-use super::docker_origin::{ImageStore, Origin, Start};
+use super::docker_origin::{ImageStore, Origin};
 use super::layers::Layers;
 use super::overlay;
+use super::probe;
+use super::start::{Policy, Start, Starts};
 use crate::config;
 use crate::error::{Error, Result};
 
@@ -36,6 +38,8 @@ pub struct Service {
     pub unmount: UnmountCall,
     /// Makes sure that the registry in an entry answers.
     pub reach: ReachCall,
+    /// How starts went.
+    pub starts: Starts,
     /// Tells an operator.
     pub say: Box<dyn Fn(&str) + Send + Sync>,
     /// The domain in which images share blobs; empty for none.
@@ -59,6 +63,8 @@ struct Slot {
     users: BTreeSet<String>,
     /// When the last user went, while it is mounted.
     idle_since: Option<Instant>,
+    /// How it went when it was mounted last, or was to be.
+    start: Option<Start>,
 }
 
 impl Images {
@@ -75,6 +81,16 @@ impl Images {
         self.store.origin(diff_id.unwrap_or_default())
     }
 
+    /// How its last start went; nothing if nobody wanted it since this process began.
+    pub fn start(&self, id: &str) -> Option<Start> {
+        lock(&self.slot(id)).start.clone()
+    }
+
+    /// All starts, for people.
+    pub fn starts(&self) -> String {
+        self.service.starts.summary()
+    }
+
     /// Notes a user of an image that is mounted already.
     pub fn adopt(&self, id: &str, user: &str) {
         lock(&self.slot(id)).users.insert(user.to_owned());
@@ -85,8 +101,13 @@ impl Images {
         let slot = self.slot(id);
         let mut slot = lock(&slot);
         if !overlay::is_mounted(&layers.path(id, "image")) {
-            self.mount(layers, id)
-                .map_err(|error| error.context("the image cannot be mounted lazily"))?;
+            let (start, outcome) = match self.mount(layers, id) {
+                Ok(start) => (start, Ok(())),
+                Err(error) => (Start::Failed(error.to_string(), Instant::now()), Err(error)),
+            };
+            self.service.starts.note(&start);
+            slot.start = Some(start);
+            outcome.map_err(|error| error.context("the image cannot be mounted lazily"))?;
         }
         slot.idle_since = None;
         slot.users.insert(user.to_owned());
@@ -143,8 +164,8 @@ impl Images {
     }
 
     /// The daemon may be starting, or starting again: it is waited for, unless the operator wants
-    /// to know at once.
-    fn mount(&self, layers: &Layers, id: &str) -> Result<()> {
+    /// to know at once. Who wants more than to wait wants the registry to answer, too.
+    fn mount(&self, layers: &Layers, id: &str) -> Result<Start> {
         let origin = self.origin(layers, id)?;
         let directory = layers.path(id, "");
         let entry = docker_image::entry(id, &self.service.domain, &directory, &origin)?;
@@ -155,22 +176,43 @@ impl Images {
             }
             _ => {}
         }
-        if origin.start == Start::Fail {
-            (self.service.reach)(&entry)?;
-            return (self.service.mount)(&entry, &place);
+        let attempt = || {
+            if origin.start != Policy::Wait {
+                (self.service.reach)(&entry)?;
+            }
+            (self.service.mount)(&entry, &place)
+        };
+        let Some(why) = self.persist(origin.start, attempt)? else { return Ok(Start::Lazy) };
+        if origin.start != Policy::Full {
+            return Ok(Start::Waited(why));
         }
+        let deadline = Instant::now() + Duration::from_millis(config::IMAGE_FULL_WAIT_MS);
+        if let Err(error) = probe::everything(&place, deadline) {
+            self.unmount(&place)?;
+            return Err(error.context("it is wanted whole after a failure"));
+        }
+        Ok(Start::Full(why))
+    }
+
+    /// Tries until it works, the time is over, or trying is of no use; why it did not work at once.
+    fn persist(&self, policy: Policy, attempt: impl Fn() -> Result<()>) -> Result<Option<String>> {
         let wait = Duration::from_millis(config::DOCKER_DAEMON_WAIT_MS);
         let deadline = Instant::now() + wait;
+        let mut first = None;
         loop {
-            match (self.service.mount)(&entry, &place) {
-                Err(error @ (Error::Unavailable { .. } | Error::Deadline(_))) => {
-                    if Instant::now() >= deadline {
-                        return Err(error.context(format_args!("waited {} s", wait.as_secs())));
-                    }
-                    std::thread::sleep(Duration::from_millis(config::DOCKER_DAEMON_LOOK_MS));
-                }
-                result => return result,
+            let error = match attempt() {
+                Ok(()) => return Ok(first),
+                Err(error) => error,
+            };
+            let is_passing = matches!(error, Error::Unavailable { .. } | Error::Deadline(_));
+            if policy == Policy::Fail || !is_passing {
+                return Err(error);
             }
+            if Instant::now() >= deadline {
+                return Err(error.context(format_args!("waited {} s", wait.as_secs())));
+            }
+            first.get_or_insert_with(|| error.to_string());
+            std::thread::sleep(Duration::from_millis(config::DOCKER_DAEMON_LOOK_MS));
         }
     }
 

@@ -9,12 +9,14 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use nix::mount::{MsFlags, mount};
+use serde_json::json;
 
 use super::docker_origin::{ImageStore, Settings};
 use super::driver::Driver;
 use super::driver_images::Service;
 use super::overlay;
 use super::pack;
+use super::start::Starts;
 use crate::error::{Error, Result};
 
 /// A home directory, the daemon's stand-in, and a driver that can be started anew.
@@ -22,6 +24,7 @@ struct Bench {
     home: tempfile::TempDir,
     daemon: Arc<Daemon>,
     driver: Option<Driver>,
+    policy: &'static str,
 }
 
 /// What the stand-in was asked and how it answers.
@@ -30,6 +33,10 @@ struct Daemon {
     calls: Mutex<Vec<String>>,
     /// So many of the next mounts fail as if no daemon were there.
     away: AtomicU32,
+    /// So many of the next looks at the registry find it down.
+    registry_down: AtomicU32,
+    /// How starts went.
+    told: Mutex<Vec<String>>,
     /// Mounts are refused.
     refuses: AtomicBool,
     /// Unmounts fail.
@@ -53,6 +60,16 @@ impl Daemon {
         Ok(())
     }
 
+    fn reach(&self) -> Result<()> {
+        match self.registry_down.load(Ordering::Relaxed) {
+            0 => Ok(()),
+            _ => {
+                self.registry_down.fetch_sub(1, Ordering::Relaxed);
+                Err(Error::unavailable("the registry is down"))
+            }
+        }
+    }
+
     fn unmount(&self, place: &Path) -> Result<()> {
         if self.stuck.load(Ordering::Relaxed) {
             return Err(Error::unavailable("no daemon listens there"));
@@ -68,8 +85,12 @@ impl Daemon {
 
 impl Bench {
     fn new() -> Bench {
+        Bench::with("wait")
+    }
+
+    fn with(policy: &'static str) -> Bench {
         let home = tempfile::Builder::new().prefix("home:").tempdir().unwrap();
-        let mut bench = Bench { home, daemon: Arc::default(), driver: None };
+        let mut bench = Bench { home, daemon: Arc::default(), driver: None, policy };
         bench.start();
         bench
     }
@@ -77,15 +98,20 @@ impl Bench {
     fn start(&mut self) {
         self.driver = None;
         let (mounter, unmounter) = (self.daemon.clone(), self.daemon.clone());
+        let (asked, teller) = (self.daemon.clone(), self.daemon.clone());
         let service = Service {
             mount: Box::new(move |_, place| mounter.mount(place)),
             unmount: Box::new(move |place| unmounter.unmount(place)),
-            reach: Box::new(|_| Err(Error::unavailable("the registry is down"))),
+            reach: Box::new(move |_| asked.reach()),
+            starts: Starts::new(Box::new(move |news| {
+                teller.told.lock().unwrap().push(news.to_string());
+                Ok(())
+            })),
             say: Box::new(|_| ()),
             domain: String::new(),
         };
-        let settings = r#"{"default":{"registry":"http://127.0.0.1:5000","repo":"r"}}"#;
-        let settings: Settings = serde_json::from_str(settings).unwrap();
+        let place = json!({"registry": "http://127.0.0.1:5000", "repo": "r", "start": self.policy});
+        let settings: Settings = serde_json::from_value(json!({"default": place})).unwrap();
         let store = ImageStore::beside(self.home.path(), None, settings);
         self.driver = Some(Driver::open(self.home.path(), store, Arc::new(service)).unwrap());
     }
@@ -252,6 +278,40 @@ fn a_daemon_that_comes_in_time_is_waited_for() {
     bench.daemon.away.store(2, Ordering::Relaxed);
     bench.container("box", "image");
     assert_eq!(bench.daemon.calls(), "mount");
+    let start = &bench.driver().metadata("box").unwrap()["LazyStart"];
+    assert!(start.starts_with("lazy, after waiting: ") && start.contains("no daemon"), "{start}");
+    assert_eq!(*bench.daemon.told.lock().unwrap(), [r#"{"waited":1}"#]);
+}
+
+#[test]
+fn who_wants_to_fail_is_told_at_once() {
+    let bench = Bench::with("fail");
+    bench.lazy("image");
+    bench.daemon.registry_down.store(1, Ordering::Relaxed);
+    bench.driver().create("box", Some("image"), true).unwrap();
+    let error = bench.driver().get("box", "").unwrap_err();
+    assert!(error.to_string().contains("the registry is down"), "{error}");
+    assert!(bench.driver().metadata("box").unwrap()["LazyStart"].starts_with("failed: "));
+    bench.driver().get("box", "").unwrap();
+    assert_eq!(bench.driver().metadata("box").unwrap()["LazyStart"], "lazy");
+    assert_eq!(bench.daemon.told.lock().unwrap().join(""), r#"{"failed":1}{"lazy":1}"#);
+    let starts = bench.driver().status().pop().unwrap();
+    assert_eq!(starts[1], "1 lazy, 0 waited, 0 full, 1 failed");
+}
+
+#[test]
+fn after_a_failure_all_of_an_image_is_brought_if_that_is_wanted() {
+    let bench = Bench::with("full");
+    bench.lazy("image");
+    bench.container("one", "image");
+    assert_eq!(bench.driver().metadata("one").unwrap()["LazyStart"], "lazy");
+    bench.driver().remove("one").unwrap();
+    bench.sweep();
+    bench.daemon.registry_down.store(2, Ordering::Relaxed);
+    bench.container("two", "image");
+    let start = &bench.driver().metadata("two").unwrap()["LazyStart"];
+    assert_eq!(start, "full: the registry is down");
+    assert_eq!(bench.daemon.told.lock().unwrap().join(""), r#"{"lazy":1}{"full":1}"#);
 }
 
 #[test]

@@ -8,6 +8,8 @@
 //! with images that the daemon mounts ([`snapshot_images`]). [`pull`] is the way in for clients
 //! that pass no labels.
 //!
+//! Both meet a daemon or a registry that fails by the same policies ([`start`]).
+//!
 //! This room knows neither the daemon nor the command line: that a lazily loaded image is mounted
 //! and unmounted is done by functions it is handed.
 
@@ -26,18 +28,19 @@ pub mod labels;
 pub mod layers;
 pub mod overlay;
 pub mod pack;
+pub mod probe;
 pub mod pull;
 pub mod snapshot_filter;
 pub mod snapshot_images;
 pub mod snapshot_layer;
 pub mod snapshot_overlay;
-pub mod snapshot_probe;
 pub mod snapshot_records;
 pub mod snapshot_store;
 pub mod snapshot_usage;
 pub mod snapshots;
 pub mod snapshotter;
 pub mod stack;
+pub mod start;
 pub mod tar;
 pub mod tar_read;
 pub mod unpack;

@@ -10,7 +10,6 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -18,7 +17,8 @@ use serde_json::{Value, json};
 use tokio::sync::Semaphore;
 
 use super::labels::{self, Labels};
-use super::snapshot_probe;
+use super::probe;
+use super::start::{Policy, Start, Starts};
 use crate::blob::journal::{Journal, Level};
 use crate::config::{
     IMAGE_FAILURE_LIFE_MS, IMAGE_FULL_WAIT_MS, IMAGE_MOUNTS_AT_ONCE, IMAGE_MOUNTS_STACKED_MAX,
@@ -44,19 +44,8 @@ pub struct Mounter {
     /// Asks the daemon whether it serves the image that is mounted there. One that was started anew
     /// may not know of it; to mount once more, over the old mount, makes it known.
     pub is_served: Box<IsThere>,
-}
-
-/// What to do when the daemon or the registry fails at the start of an image.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Policy {
-    /// Try again until it works or the time is over.
-    #[default]
-    Wait,
-    /// Refuse the snapshot at once.
-    Fail,
-    /// Try again, and then bring all of the image to this node before anybody uses it: what failed
-    /// once may fail again under a running container.
-    Full,
+    /// How starts went.
+    pub starts: Starts,
 }
 
 /// How images of one root are registered and started.
@@ -95,19 +84,6 @@ pub struct Image {
     pub mountpoint: PathBuf,
 }
 
-/// How an image came to be usable, or did not.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Start {
-    /// At the first try.
-    Lazy,
-    /// Later; why it took longer.
-    Waited(String),
-    /// Later, and all of it is here now; why.
-    Full(String),
-    /// Not yet; why.
-    Failed(String, Instant),
-}
-
 /// All lazily loaded images of one root.
 pub struct Images {
     mounter: Mounter,
@@ -122,30 +98,6 @@ pub struct Images {
 struct Place {
     turn: tokio::sync::Mutex<()>,
     start: Mutex<Option<Start>>,
-}
-
-impl FromStr for Policy {
-    type Err = Error;
-
-    fn from_str(text: &str) -> Result<Self> {
-        match text {
-            "wait" => Ok(Policy::Wait),
-            "fail" => Ok(Policy::Fail),
-            "full" => Ok(Policy::Full),
-            _ => Err(Error::Malformed(format!("policy {text:?}: write wait, fail or full"))),
-        }
-    }
-}
-
-impl std::fmt::Display for Start {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Start::Lazy => f.write_str("lazy"),
-            Start::Waited(why) => write!(f, "lazy, after waiting: {why}"),
-            Start::Full(why) => write!(f, "full: {why}"),
-            Start::Failed(why, _) => write!(f, "failed: {why}"),
-        }
-    }
 }
 
 impl Plan {
@@ -214,13 +166,13 @@ impl Images {
         let image = Arc::new(image);
         match self.begin(&image, &name).await {
             Ok(start) => {
-                self.note(&place, &name, start);
+                self.note(&place, &name, start).await;
                 Ok(())
             }
             Err(error) => {
                 let why = format!("{name} cannot be mounted: {error}");
                 self.journal.error(why.clone());
-                place.set(Some(Start::Failed(why.clone(), Instant::now())));
+                self.count(&place, Start::Failed(why.clone(), Instant::now())).await;
                 Err(Error::unavailable(why))
             }
         }
@@ -310,7 +262,7 @@ impl Images {
     async fn bring_all(self: &Arc<Self>, image: &Arc<Image>) -> Result<u64> {
         let place = image.mountpoint.clone();
         let deadline = Instant::now() + Duration::from_millis(IMAGE_FULL_WAIT_MS);
-        self.blocking(move || snapshot_probe::everything(&place, deadline)).await
+        self.blocking(move || probe::everything(&place, deadline)).await
     }
 
     fn mount(&self, image: &Image) -> Result<()> {
@@ -324,7 +276,7 @@ impl Images {
                 mounted => mounted?,
             }
         }
-        snapshot_probe::first_bytes(place)
+        probe::first_bytes(place)
     }
 
     /// Runs what blocks on a thread that may; at most so many at a time.
@@ -336,13 +288,24 @@ impl Images {
         tokio::task::spawn_blocking(job).await.map_err(|_| Error::Shutdown)?
     }
 
-    fn note(&self, place: &Place, name: &str, start: Start) {
+    /// Later users of a mounted image do not change how it started.
+    async fn note(self: &Arc<Self>, place: &Place, name: &str, start: Start) {
         let before = place.start();
-        // Later users of a mounted image do not change how it started.
         if before.is_none() || start != Start::Lazy || matches!(before, Some(Start::Failed(..))) {
             self.journal.write(Level::Info, || format!("{name} is mounted: {start}"));
-            place.set(Some(start));
+            self.count(place, start).await;
         }
+    }
+
+    async fn count(self: &Arc<Self>, place: &Place, start: Start) {
+        place.set(Some(start.clone()));
+        let this = Arc::clone(self);
+        let counted = self.blocking(move || {
+            this.mounter.starts.note(&start);
+            Ok(())
+        });
+        // At a stop nobody counts any more.
+        let _ = counted.await;
     }
 
     fn place(&self, id: u64) -> Arc<Place> {

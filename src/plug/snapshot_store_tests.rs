@@ -5,12 +5,13 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::labels::{self, Labels};
-use super::snapshot_images::{Mounter, Plan, Policy};
+use super::snapshot_images::{Mounter, Plan};
 use super::snapshot_records::Kind;
 use super::snapshot_store::{START_LABEL, Store};
+use super::start::{Policy, Starts};
 use crate::blob::journal::{Journal, Level};
 use crate::error::{Error, Result};
 
@@ -22,12 +23,14 @@ struct StandIn {
     failures: Arc<Mutex<usize>>,
     /// Started anew, it knows of no mount.
     is_ignorant: Arc<Mutex<bool>>,
+    /// How starts went.
+    told: Arc<Mutex<Vec<Value>>>,
 }
 
 impl StandIn {
     fn mounter(&self) -> Mounter {
         let (on_mount, on_unmount) = (self.clone(), self.clone());
-        let (on_look, on_ask) = (self.clone(), self.clone());
+        let (on_look, on_ask, on_tell) = (self.clone(), self.clone(), self.clone());
         Mounter {
             mount: Box::new(move |entry, place| on_mount.mount(entry, place)),
             unmount: Box::new(move |place| {
@@ -38,6 +41,10 @@ impl StandIn {
             }),
             is_mounted: Box::new(move |place| Ok(on_look.mounted.lock().unwrap().contains(place))),
             is_served: Box::new(move |_| Ok(!*on_ask.is_ignorant.lock().unwrap())),
+            starts: Starts::new(Box::new(move |news| {
+                on_tell.told.lock().unwrap().push(news.clone());
+                Ok(())
+            })),
         }
     }
 
@@ -210,7 +217,10 @@ fn a_policy_of_failing_fails_at_once_and_leaves_nothing() {
 
 #[test]
 fn a_policy_of_waiting_succeeds_when_the_trouble_ends() {
-    for (policy, start) in [(Policy::Wait, "lazy, after waiting"), (Policy::Full, "full: ")] {
+    for (policy, start, told) in [
+        (Policy::Wait, "lazy, after waiting", json!({"waited": 1})),
+        (Policy::Full, "full: ", json!({"full": 1})),
+    ] {
         let scene = Scene::new(plan(policy, 60_000));
         scene.image("app", "team/app");
         *scene.daemon.failures.lock().unwrap() = 2;
@@ -218,6 +228,7 @@ fn a_policy_of_waiting_succeeds_when_the_trouble_ends() {
         assert!(scene.start_of("app").starts_with(start), "{}", scene.start_of("app"));
         scene.create(Kind::Active, "two", "app", Labels::new()).unwrap();
         assert!(scene.start_of("app").starts_with(start), "{}", scene.start_of("app"));
+        assert_eq!(*scene.daemon.told.lock().unwrap(), [told], "a second user is no start");
     }
 }
 

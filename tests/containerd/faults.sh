@@ -49,6 +49,11 @@ start_label() {
     ctr -n test snapshots --snapshotter nydus info "$name" | sed -n 's/.*sluice.start": "\(.*\)".*/\1/p'
 }
 
+# How many images started like that, says the daemon.
+starts() { # OUTCOME
+    "$SLUICE" stat --apisock "$SOCKET" --json | python3 -c "import json, sys; print(json.load(sys.stdin)['counters']['starts_$1'])"
+}
+
 fresh_cache() {
     daemon_stop && rm -rf "$WORK/cache" && daemon_start
 }
@@ -77,6 +82,7 @@ check "a container waits for its registry" wait_for "a word of it" waited 1
 heal_registry
 check "and starts when it is back" wait "$waiting"
 check "the layer says so" grep -q "lazy, after waiting" <(start_label)
+equal "and the statistics" 1 starts waited
 equal "it reads right" "$RANDOM_SHA" sum_in waits /big/random-5m
 check "it ends, and with it the mount" end_last waits
 
@@ -85,6 +91,7 @@ must "an empty cache" fresh_cache
 break_registry "$DEAD"
 refuse "the container is refused, with the reason" "cannot be mounted.*registry does not answer" start refused
 check "the layer says so" grep -q "failed: .*zstd:1 cannot be mounted" <(start_label)
+check "and the statistics" test "$(starts failed)" -gt 0
 check "nothing stays mounted" collected "the unmounting" mounted 0
 heal_registry
 ctr -n test containers rm refused >/dev/null 2>&1
@@ -102,6 +109,7 @@ heal_registry
 check "and starts when it is back" wait "$waiting"
 check "all of the image is here then" test "$(fetched "$ZSTD")" -ge $((ZSTD_BYTES * 9 / 10))
 check "the layer says so" grep -q "full: " <(start_label)
+equal "and the statistics" 1 starts full
 break_registry "$DEAD"
 equal "the registry is needed no more" "$TEXT_SHA" sum_in full /big/text-7m
 heal_registry

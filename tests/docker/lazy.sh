@@ -145,6 +145,11 @@ equal "a start that waited for the daemon succeeds" waited cat "$WORK/waited"
 
 # --- what happens at a start is the operator's choice
 
+# Docker makes a container's first layer and wants to see it before it tells anybody of the container.
+is_trying() {
+    ls -d "$HOME_DIR"/layers/*-init
+}
+
 echo "{\"repositories\": {\"$REGISTRY/lazy/zstd-64k\": {\"start\": \"fail\"}}}" >/etc/sluice/docker.json
 stop "$plugin_pid"
 must "the plugin starts with a setting" plugin_start
@@ -157,6 +162,28 @@ check "and says so soon" test $((SECONDS - began)) -lt 30
 equal "another one does: what is here is read" "$(sum_of sizes/4096)" docker $RUN app-zran sh -c 'cd /; sha256sum ./sizes/4096'
 must "the registry starts again" registry_start
 equal "then the first starts, too" "$(sum_of sizes/4096)" docker $RUN app-zstd-64k sh -c 'cd /; sha256sum ./sizes/4096'
+
+docker ps -aq | xargs -r /usr/bin/docker rm -f >/dev/null
+check "all images are unmounted" wait_for "the last unmount" no_mounts
+echo "{\"repositories\": {\"$REGISTRY/lazy/lz4-1m\": {\"start\": \"full\"}}}" >/etc/sluice/docker.json
+stop "$plugin_pid"
+must "the plugin starts with another setting" plugin_start
+check "the daemon stops" stop "$daemon_pid"
+rm -r "$WORK"/state/*
+must "and starts with nothing in its cache" daemon_start
+stop "$registry_pid"
+full_before=$(counter starts_full)
+docker run -d --network host --name whole app-lz4-1m sleep 1000 >"$WORK/whole" 2>&1 &
+starting=$!
+check "a start without its registry waits" wait_for "its try" is_trying
+must "the registry starts again" registry_start
+check "then it goes on" wait "$starting"
+stop "$registry_pid"
+equal "and the registry is needed no more" "" docker exec whole sh -c 'cd /; sha256sum -c /tools/sums >/tmp.out || head /tmp.out'
+must "the registry starts again" registry_start
+equal "the statistics tell it" $((full_before + 1)) counter starts_full
+check "and docker info" sh -c '/usr/bin/docker info 2>/dev/null | grep "Starts of them: .* 1 full"'
+equal "and docker inspect" full: sh -c '/usr/bin/docker inspect -f "{{.GraphDriver.Data.LazyStart}}" whole | cut -d " " -f 1'
 
 # --- the end
 

@@ -10,7 +10,8 @@ if [ -z "${DOCKER_SUITE_WORK:-}" ]; then
     # In the guest the ext4 disk is at /cache; on a machine the temporary directory is on a disk.
     DOCKER_SUITE_WORK=$(mktemp -d "$([ -d /cache/lost+found ] && echo /cache || echo "${TMPDIR:-/tmp}")/docker.XXXXXX")
     export DOCKER_SUITE_WORK
-    trap '[ -n "${KEEP:-}" ] || rm -rf "$DOCKER_SUITE_WORK"' EXIT
+    # With the namespaces' first process everything in them ends, and unshare after that; it ignores what would end us.
+    trap 'kill -KILL $(cat /proc/$!/task/$!/children 2>/dev/null) 2>/dev/null; wait; [ -n "${KEEP:-}" ] || rm -rf "$DOCKER_SUITE_WORK"' EXIT
     trap 'exit 130' INT
     trap 'exit 143' TERM HUP
     unshare --mount --net --pid --fork --kill-child --mount-proc bash "$0" "$@" &
