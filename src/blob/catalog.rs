@@ -12,6 +12,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::awaited::Awaited;
+use super::recorder::Recorder;
 use super::registration::{Image, ImageSpec};
 use crate::config::{CATALOG_IMAGES_MAX, CATALOG_INSERT_TRIES_MAX};
 use crate::error::{Error, Result};
@@ -23,6 +24,8 @@ use crate::image::digest::Digest;
 pub struct Catalog {
     /// Images that were registered before a restart and are still to come.
     pub awaited: Awaited,
+    /// Who records what is asked of them.
+    pub recorder: Recorder,
     domains: Mutex<BTreeMap<String, Domain>>,
     /// Held by the registration that is being admitted: none comes between admission and insert.
     admitting: Mutex<()>,

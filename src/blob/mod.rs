@@ -19,6 +19,7 @@ pub mod map;
 pub mod open;
 pub mod plan;
 mod prefetch;
+pub mod recorder;
 pub mod registration;
 pub mod schedule;
 mod serve;

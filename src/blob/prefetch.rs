@@ -15,7 +15,8 @@ use super::latency::Cause;
 use super::open::OpenBlob;
 use super::statistics::Counter;
 use crate::config::{
-    GET_MAX_BYTES, MILLISECOND_NS, PREFETCH_AHEAD, PREFETCH_BUDGET_MIN_BYTES, SECOND_NS,
+    GET_MAX_BYTES, MILLISECOND_NS, PREFETCH_AHEAD, PREFETCH_BUDGET_MIN_BYTES, RECORDING_LOOK_NS,
+    SECOND_NS,
 };
 
 /// How long prefetch waits before it looks again whether it may go on.
@@ -65,6 +66,13 @@ impl Crew {
         let mut at = 0;
         while at < layout.uncompressed_size() {
             let allowed = self.allowance(blob).await;
+            if self.parts.catalog.recorder.is_active() {
+                // What prefetch brings, nobody is seen to need.
+                let _ = self.core.sleep(RECORDING_LOOK_NS).await;
+                if !blob.is_closed.load(Ordering::Relaxed) && !self.gate.is_closed() {
+                    continue;
+                }
+            }
             let step = step.min(allowed);
             if blob.is_closed.load(Ordering::Relaxed) || self.gate.is_closed() {
                 return;

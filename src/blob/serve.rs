@@ -23,13 +23,15 @@ impl Crew {
         let deadline_ns = self.core.now() + self.parts.fault_deadline_ns;
         let layout = self.layout(blob, &range, deadline_ns).await?;
         let wanted = layout.chunks_in(range.clone());
+        let recorder = &self.parts.catalog.recorder;
+        let is_recorded = recorder.note(blob.id(), &range, self.core.now());
         let began_ns = self.core.now();
         self.check_presence(blob, &layout, &range, &wanted);
         let outcome = self.launch(blob, &layout, wanted.clone(), Cause::Demand, deadline_ns);
         self.record_step(blob, Cause::Demand, Step::Claim, began_ns);
         let ahead = match span(&layout, &wanted) {
-            Some(span) => blob.streams.observe(&span, layout.uncompressed_size()),
-            None => 0..0,
+            Some(span) if !is_recorded => blob.streams.observe(&span, layout.uncompressed_size()),
+            _ => 0..0,
         };
         if !ahead.is_empty() && outcome.is_ok() {
             let chunks = layout.chunks_in(ahead);

@@ -26,7 +26,8 @@ use crate::image::Bootstrap;
         sluice mount registry.example/team/app:1.0-nydus /mnt\n  \
         sluice mount --plain-http 127.0.0.1:5000/app:latest /mnt\n  \
         sluice mount --bootstrap image.boot --registry http://127.0.0.1:5000 --repo app /mnt\n  \
-        sluice mount --bootstrap image.boot --blobs /srv/blobs /mnt"
+        sluice mount --bootstrap image.boot --blobs /srv/blobs /mnt\n  \
+        sluice mount --trace start.jsonl registry.example/team/app:1.0-nydus /mnt"
 )]
 pub struct Options {
     /// The image (unless --bootstrap is given) and where to mount it.
@@ -49,6 +50,9 @@ pub struct Options {
     /// Fetch the whole image in the background; what is read goes first.
     #[arg(long)]
     prefetch: bool,
+    /// Record what is touched first, for `sluice optimize`; written when the image is unmounted.
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
     /// Where bootstraps are kept.
     #[arg(long, value_name = "DIR", default_value = config::STATE_DIR_DEFAULT)]
     state_dir: PathBuf,
@@ -78,10 +82,18 @@ pub fn run(options: &Options, out: &mut Output) -> Result<Verdict> {
     let image = Named { fsid: &fsid, domain_id, prefetch };
     let entry = registration(&image, &source.backend, &stored.path)?;
     let door = options.door.map(Door::name);
-    let wish = json!({ "entry": entry, "mountpoint": mountpoint, "door": door });
+    let trace = options.trace.as_deref().map(std::path::absolute).transpose();
+    let trace = trace.map_err(|error| Error::io(&error, "--trace"))?;
+    let path = trace.as_deref().map(utf8).transpose()?;
+    let wish = json!({
+        "entry": entry, "mountpoint": utf8(&mountpoint)?, "door": door, "trace": path,
+    });
     let mounted = api.put("/api/sluice/v1/mounts", &wish)?;
     let door = mounted["door"].as_str().unwrap_or("?");
     out.line(format!("mounted {fsid} at {} ({door} door)", mountpoint.display()))?;
+    if let Some(trace) = trace {
+        out.line(format!("its first touches go to {} when it is unmounted", trace.display()))?;
+    }
     Ok(Verdict::Good)
 }
 
@@ -145,14 +157,16 @@ fn check_named(bootstrap: &[u8]) -> Result<()> {
     }
 }
 
+/// A path as the API takes it.
+fn utf8(path: &Path) -> Result<&str> {
+    path.to_str().ok_or_else(|| {
+        Error::Malformed(format!("{}: the path is not UTF-8; choose another", path.display()))
+    })
+}
+
 /// The legacy form of the entry: every daemon of this API reads it.
 fn registration(image: &Named<'_>, backend: &Value, bootstrap: &Path) -> Result<Value> {
-    let path = |path: &Path| {
-        path.to_str().map(str::to_owned).ok_or_else(|| {
-            Error::Malformed(format!("{}: the path is not UTF-8; use --state-dir", path.display()))
-        })
-    };
-    let work_dir = path(bootstrap.parent().unwrap_or(Path::new("/")))?;
+    let work_dir = utf8(bootstrap.parent().unwrap_or(Path::new("/")))?;
     let prefetch = PrefetchConfig::default();
     Ok(json!({
         "type": "bootstrap",
@@ -164,7 +178,7 @@ fn registration(image: &Named<'_>, backend: &Value, bootstrap: &Path) -> Result<
             "backend_config": backend["config"],
             "cache_type": "fscache",
             "cache_config": { "work_dir": work_dir },
-            "metadata_path": path(bootstrap)?,
+            "metadata_path": utf8(bootstrap)?,
             "prefetch_config": {
                 "enable": image.prefetch,
                 "threads_count": prefetch.threads,

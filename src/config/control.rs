@@ -21,6 +21,15 @@ pub const PREFETCH_THREADS_MAX: u32 = 1024;
 /// The largest fetch a client may ask prefetch to make.
 pub const PREFETCH_MERGING_MAX_BYTES: usize = 256 * MIB;
 
+// Recordings: 2.5 MiB each, for as long as an image is mounted with --trace.
+
+/// Faults of one recording: 64 Ki x 40 bytes.
+pub const RECORDED_FAULTS_MAX: usize = 64 * KIB;
+/// Recordings at once.
+pub const RECORDINGS_MAX: usize = 16;
+/// How long prefetch rests before it looks whether somebody still records.
+pub const RECORDING_LOOK_NS: u64 = SECOND_NS;
+
 // Statistics and journal: histograms of 2,816 counts x 8 bytes = 22 KiB; per core 5 of stages and
 // 2 doors x 3 causes x 11 steps = 1.5 MiB, touched only where something was measured.
 

@@ -16,6 +16,7 @@ use super::cull::Culler;
 use super::evictor::Evictor;
 use super::mount_wish::MountWish;
 use super::mounts::{Mounted, Mounts, Place};
+use super::recording::Recordings;
 use super::reply::{self, Identity, Response};
 use super::state::{Event, StateMachine};
 use super::statistics::Statistics;
@@ -91,6 +92,8 @@ pub struct ControlPlane {
     pub configured: Mutex<BTreeSet<String>>,
     /// What came back from disk at the start.
     pub restored: Restored,
+    /// Mounts whose first touches are recorded.
+    pub recordings: Recordings,
 }
 
 impl Hooks {
@@ -182,6 +185,7 @@ impl ControlPlane {
     fn mount(&self, wish: MountWish, peer: Option<u32>) -> Result<Value> {
         let at = Place::seen_by(&wish.mountpoint, peer)?;
         let door = self.mounts.door(wish.door)?;
+        let trace = wish.trace.map(|path| self.open_trace(&path, peer)).transpose()?;
         let spec = wish.entry.clone().into_spec()?;
         let domain_id = if spec.domain_id.is_empty() { &spec.id } else { &spec.domain_id };
         succession::wait_for(self, domain_id);
@@ -213,6 +217,9 @@ impl ControlPlane {
             }
             return Err(error);
         }
+        if let Some(file) = trace {
+            self.begin_recording(&image, &at, file);
+        }
         let (id, domain_id) = (&image.id, &image.domain_id);
         self.journal.write(Level::Info, || {
             format!("image {domain_id}/{id} mounted at {}", at.mountpoint.display())
@@ -225,6 +232,7 @@ impl ControlPlane {
         let at = Place::seen_by(mountpoint, peer)?;
         let _turn = self.mounts.turn();
         let (mounted, was_last) = self.mounts.unmount(&at, peer, lazy)?;
+        self.end_recordings(false);
         self.journal.write(Level::Info, || {
             let (domain_id, id) = (&mounted.domain_id, &mounted.id);
             format!("image {domain_id}/{id} unmounted from {}", mountpoint.display())
@@ -241,6 +249,7 @@ impl ControlPlane {
         for mounted in self.mounts.reconcile() {
             self.let_go(&mounted, false);
         }
+        self.end_recordings(false);
     }
 
     /// An image is mounted nowhere any more.
@@ -259,6 +268,7 @@ impl ControlPlane {
     pub fn close_doors(&self) {
         let _turn = self.mounts.turn();
         self.reconcile();
+        self.end_recordings(true);
         if let Err(error) = self.mounts.close() {
             self.journal.error(format!("the door's own mount stays: {error}"));
         }

@@ -9,6 +9,7 @@ use super::api::{self, Method, Request};
 use super::control::{ControlPlane, Hooks};
 use super::cookies::Cookies;
 use super::cull::Culler;
+use super::recording::Recordings;
 use super::reply::{Identity, Response};
 use super::state::{Event, State, StateMachine};
 use super::statistics::Statistics;
@@ -36,6 +37,7 @@ pub fn control(hooks: Hooks) -> ControlPlane {
         hooks,
         configured: Mutex::default(),
         restored: Restored::default(),
+        recordings: Recordings::default(),
     }
 }
 

@@ -21,6 +21,7 @@ pub mod log;
 mod mount_wish;
 pub mod mounts;
 pub mod options;
+mod recording;
 mod registering;
 pub mod remember;
 pub mod reply;

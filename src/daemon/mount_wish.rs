@@ -20,6 +20,8 @@ pub struct MountWish {
     pub mountpoint: PathBuf,
     /// Through which door; the daemon chooses without one.
     pub door: Option<Door>,
+    /// Record what is touched first, into this file; an absolute path.
+    pub trace: Option<PathBuf>,
 }
 
 impl MountWish {
@@ -30,11 +32,12 @@ impl MountWish {
             entry: Value,
             mountpoint: PathBuf,
             door: Option<String>,
+            trace: Option<PathBuf>,
         }
         let raw: Raw = entry::from_json(body).map_err(Refusal::Parse)?;
-        if !raw.mountpoint.is_absolute() {
-            let text = format!("mountpoint {:?} is not an absolute path", raw.mountpoint);
-            return Err(Refusal::Refused(text));
+        let paths = [Some(&raw.mountpoint), raw.trace.as_ref()];
+        if let Some(path) = paths.into_iter().flatten().find(|path| !path.is_absolute()) {
+            return Err(Refusal::Refused(format!("{path:?} is not an absolute path")));
         }
         let door = match raw.door.as_deref() {
             None => None,
@@ -43,7 +46,8 @@ impl MountWish {
             })?),
         };
         let body = raw.entry.to_string().into_bytes();
-        Ok(MountWish { entry: Entry::parse(&body)?, body, mountpoint: raw.mountpoint, door })
+        let (entry, mountpoint, trace) = (Entry::parse(&body)?, raw.mountpoint, raw.trace);
+        Ok(MountWish { entry, body, mountpoint, door, trace })
     }
 }
 

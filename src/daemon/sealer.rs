@@ -13,6 +13,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 
 use super::doors::FanotifyDoor;
 use super::evictor::Evictor;
+use crate::blob::catalog::Catalog;
 use crate::blob::journal::{Journal, Level};
 use crate::config::{
     AWAKE_IDLE_NS, DOZE_INTERVAL_MS, EVICTION_PAUSE_MS, EVICTION_SEARCH_MS, SEAL_BATCH,
@@ -31,6 +32,7 @@ pub struct Sealer {
 struct Sealing {
     binder: Arc<Binder>,
     evictor: Arc<Evictor>,
+    catalog: Arc<Catalog>,
     journal: Arc<Journal>,
     /// When the bytes were counted.
     counted: Option<Instant>,
@@ -51,6 +53,7 @@ impl Sealer {
     /// What the system says.
     pub fn start(
         door: FanotifyDoor,
+        catalog: &Arc<Catalog>,
         journal: &Arc<Journal>,
         tick: Box<dyn Fn() + Send>,
     ) -> Result<Sealer> {
@@ -59,6 +62,7 @@ impl Sealer {
         let mut sealing = Sealing {
             binder: door.binder,
             evictor: door.evictor,
+            catalog: Arc::clone(catalog),
             journal: Arc::clone(journal),
             counted: None,
             searched: None,
@@ -109,7 +113,9 @@ impl Sealing {
     }
 
     fn take(&mut self, segment: Arc<Segment>) {
-        if let Err(error) = self.binder.let_pass(&segment) {
+        // Whoever records wants to hear of its readers; after that it is let pass.
+        let is_heeded = self.catalog.recorder.is_active();
+        if !is_heeded && let Err(error) = self.binder.let_pass(&segment) {
             self.journal.error(format!("{}: {error}", segment.path().display()));
         }
         if self.batch.is_empty() {
@@ -198,7 +204,7 @@ fn sync(batch: &[Arc<Segment>]) -> Result<()> {
 }
 
 /// The cores' clock.
-fn monotonic_ns() -> u64 {
+pub fn monotonic_ns() -> u64 {
     let time = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC)
         .expect("the monotonic clock is always there");
     time.tv_sec() as u64 * crate::config::SECOND_NS + time.tv_nsec() as u64

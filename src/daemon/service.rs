@@ -24,6 +24,7 @@ use super::lineage::Lineage;
 use super::log;
 use super::mounts::{Door, Mounts, Prefetch};
 use super::options::read_blobs_file;
+use super::recording::Recordings;
 use super::reply::Identity;
 use super::sealer::Sealer;
 use super::server::Server;
@@ -150,7 +151,7 @@ fn run_until_told(
                 control.look_after_mounts();
             }
         };
-        Sealer::start(door, &journal, Box::new(tick))
+        Sealer::start(door, &control.catalog, &journal, Box::new(tick))
     });
     let sealer = sealer.transpose()?;
     let server = begin(config, control, lineage, socket)?;
@@ -252,6 +253,7 @@ fn control_plane(
         hooks: hooks(parts, workers, lineage),
         configured: Mutex::default(),
         restored: Restored::default(),
+        recordings: Recordings::default(),
     })
 }
 

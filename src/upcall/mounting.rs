@@ -151,6 +151,17 @@ pub fn attach(image: DetachedMount, mountpoint: &Path, peer: Option<u32>) -> Res
     })
 }
 
+/// Makes an empty file, or empties it, as the process `peer` sees it; in this process's own
+/// namespace without one.
+///
+/// # Errors
+/// What the system says.
+pub fn create_file(path: &Path, peer: Option<u32>) -> Result<File> {
+    let create =
+        || File::create(path).map_err(|error| Error::io(&error, path.display().to_string()));
+    as_seen_by(peer, create)
+}
+
 /// A further mount of the image that `peer` sees at `mountpoint`: the same superblock, whose pages
 /// are in memory once.
 pub fn another(mountpoint: &Path, peer: Option<u32>) -> Result<DetachedMount> {

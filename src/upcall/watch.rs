@@ -152,8 +152,11 @@ impl Watch {
 
     /// Answers at once when the file reaches over the range.
     fn answer_if_there(&self, job: &EventJob) -> bool {
-        if self.parts.bindings.store().space().is_evicting() {
-            // The file may be emptied any moment: its owner is asked.
+        if self.parts.bindings.store().space().is_evicting()
+            || self.crew.parts.catalog.recorder.is_active()
+        {
+            // The file may be emptied any moment, or somebody records who reads it: its owner is
+            // asked.
             return false;
         }
         let is_there = sys::file_size(job.file).is_ok_and(|size| job.range.end <= size);
