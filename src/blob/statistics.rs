@@ -79,7 +79,7 @@ named! {
         PrefetchRequests = "prefetch_requests",
         /// Verified bytes the prefetch lane put into the cache.
         PrefetchBytes = "prefetch_bytes",
-        /// Images that could be read at once when they were first wanted, as container services say.
+        /// Images that could be read when first wanted, as container services tell it.
         StartsLazy = "starts_lazy",
         /// Images that had to wait for the daemon or the registry.
         StartsWaited = "starts_waited",
