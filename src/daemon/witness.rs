@@ -68,9 +68,9 @@ pub fn start(config: &Config) -> Result<()> {
     }
 }
 
-/// Takes what witnesses of dead daemons have at a state directory. To be called before anything else
-/// is opened; a daemon that was started before the other ended finds some numbers taken, by files of
-/// its own, so that no new event gets them.
+/// Takes what witnesses of dead daemons have at a state directory. To be called before anything
+/// else is opened; a daemon that was started before the other ended finds some numbers taken, by
+/// files of its own, so that no new event gets them.
 pub fn collect(state_dir: &Path) -> Bequest {
     let own = format!("{SOCKET_PREFIX}{}.sock", std::process::id());
     let mut bequest = Bequest::default();
