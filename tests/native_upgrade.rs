@@ -16,6 +16,7 @@ use serde_json::json;
 use support::built::Built;
 use support::daemon::{Daemon, forget_pages};
 use support::registry::Registry;
+use support::supervisor::Supervisor;
 
 const UPGRADES: usize = 4;
 const READERS: usize = 8;
@@ -107,9 +108,9 @@ fn cold_image(latency_ms: u32) -> (Built, Registry) {
 }
 
 /// Replaces the daemon again and again, and says what readers saw.
-fn under_load(name: &str, latency_ms: u32, replace: impl Fn(&mut Daemon)) {
+fn under_load(name: &str, latency_ms: u32, options: &[&str], replace: impl Fn(&mut Daemon)) {
     let (image, registry) = cold_image(latency_ms);
-    let mut daemon = Daemon::start(&["-l", "warn"]);
+    let mut daemon = Daemon::start(&[&["-l", "warn"], options].concat());
     let url = format!("http://{}", registry.address());
     let place = image.mount_from(&daemon, "image", &["--registry", &url, "--repo", "built"]);
     let load = Load::over(&image, &place);
@@ -150,7 +151,7 @@ fn under_load(name: &str, latency_ms: u32, replace: impl Fn(&mut Daemon)) {
 
 #[test]
 fn a_daemon_that_is_killed_and_started_again_costs_no_reader_an_error() {
-    under_load("killed", 20, |daemon| {
+    under_load("killed", 20, &[], |daemon| {
         daemon.kill();
         daemon.start_again();
     });
@@ -158,7 +159,7 @@ fn a_daemon_that_is_killed_and_started_again_costs_no_reader_an_error() {
 
 #[test]
 fn a_daemon_that_is_stopped_and_started_again_costs_no_reader_an_error() {
-    under_load("stopped", 20, |daemon| {
+    under_load("stopped", 20, &[], |daemon| {
         daemon.stop();
         daemon.start_again();
     });
@@ -167,8 +168,25 @@ fn a_daemon_that_is_stopped_and_started_again_costs_no_reader_an_error() {
 /// Longer than a daemon that stops waits for what is under way.
 #[test]
 fn readers_whom_a_stopping_daemon_cannot_serve_are_left_to_the_next() {
-    under_load("stopped, slow registry", 900, |daemon| {
+    under_load("stopped, slow registry", 900, &[], |daemon| {
         daemon.stop();
         daemon.start_again();
     });
+}
+
+#[test]
+fn a_supervisor_upgrades_a_daemon_and_no_reader_gets_an_error() {
+    let supervisor = Supervisor::new();
+    let path = supervisor.path();
+    let options = ["--supervisor", path.to_str().expect("text"), "--id", "test"];
+    under_load("upgraded", 20, &options, |daemon| supervisor.upgrade(daemon));
+    under_load("upgraded, slow registry", 900, &options, |daemon| supervisor.upgrade(daemon));
+}
+
+#[test]
+fn a_supervisor_recovers_a_killed_daemon_and_no_reader_gets_an_error() {
+    let supervisor = Supervisor::new();
+    let path = supervisor.path();
+    let options = ["--supervisor", path.to_str().expect("text"), "--id", "test"];
+    under_load("recovered", 20, &options, |daemon| supervisor.recover(daemon));
 }

@@ -68,6 +68,15 @@ pub struct Options {
     #[arg(long, value_name = "SECONDS", default_value_t = config::KEEP_DEFAULT_S,
           value_parser = clap::value_parser!(u64).range(..=config::KEEP_MAX_S))]
     keep: u64,
+    /// What the supervisor calls this daemon.
+    #[arg(long, value_name = "ID", requires = "supervisor")]
+    id: Option<String>,
+    /// The socket of a supervisor, which holds the door for a successor (nydusd's protocol).
+    #[arg(long, value_name = "PATH")]
+    supervisor: Option<PathBuf>,
+    /// Wait for the supervisor to give this daemon what another one serves.
+    #[arg(long, requires = "supervisor")]
+    upgrade: bool,
 }
 
 /// Serves until a signal or an API call ends it.
@@ -183,9 +192,9 @@ fn configure(options: &Options, allowed: &[usize]) -> Result<Config> {
         log_file: options.log_file.clone(),
         nofile_limit: options.rlimit_nofile,
         fault_deadline_ms: options.deadline_ms,
-        id: None,
-        supervisor: None,
-        upgrade: false,
+        id: options.id.clone(),
+        supervisor: options.supervisor.clone(),
+        upgrade: options.upgrade,
         blobs_file: None,
         keep_s: options.keep,
     })

@@ -18,7 +18,7 @@ use crate::error::{Error, Result};
 use crate::registry::route::Shared;
 use crate::store::segment::Segment;
 use crate::store::segments::SegmentStore;
-use crate::upcall::binder::Binder;
+use crate::upcall::binder::{Binder, Origin};
 use crate::upcall::device::{DEVICE_PATH, Device};
 use crate::upcall::probe::probe;
 
@@ -68,11 +68,15 @@ impl Doors {
                 doors.cachefiles = open_cachefiles(config, heritage, journal)?;
             }
             DoorChoice::Fanotify => {
-                doors.fanotify = Some(open_fanotify(config, heritage, routes, journal)?);
+                let is_awaited = heritage.is_awaited(config);
+                let shared = (routes, journal);
+                doors.fanotify = Some(open_fanotify(config, heritage, is_awaited, shared)?);
             }
             DoorChoice::Auto => {
-                let fanotify = open_fanotify(config, heritage, routes, journal);
                 let cachefiles = open_cachefiles(config, heritage, journal);
+                // A supervisor gives one file: the device, where there is one.
+                let is_awaited = cachefiles.is_err() && heritage.is_awaited(config);
+                let fanotify = open_fanotify(config, heritage, is_awaited, (routes, journal));
                 let (fanotify, cachefiles) = match (fanotify, cachefiles) {
                     (Err(fanotify), Err(cachefiles)) => {
                         return Err(Error::Unsupported(format!(
@@ -149,23 +153,27 @@ fn open_cachefiles(
 fn open_fanotify(
     config: &Config,
     heritage: &Heritage<'_>,
-    routes: &Arc<Shared>,
-    journal: &Arc<Journal>,
+    is_awaited: bool,
+    (routes, journal): (&Arc<Shared>, &Arc<Journal>),
 ) -> Result<FanotifyDoor> {
     let (to_sealer, completed) = crossbeam_channel::bounded(COMPLETED_QUEUE);
     let store = SegmentStore::open(&config.cache_dir, to_sealer)?;
     store.space().set_quota(config.cache_quota_bytes);
     let keeper = heritage.keeper;
-    let inherited = keeper.take(FANOTIFY);
+    let origin = match keeper.take(FANOTIFY) {
+        Some(group) => Origin::Inherited(group),
+        None if is_awaited => Origin::Awaited,
+        None => Origin::New,
+    };
     // Versions promise nothing here: a kernel that shows zeros for short files must not serve. What
     // a predecessor served with has been tried, and its readers wait.
-    if inherited.is_none()
+    if matches!(origin, Origin::New)
         && let Some(reason) = probe(&config.cache_dir).reason()
     {
         return Err(Error::Unsupported(reason));
     }
-    let is_inherited = inherited.is_some();
-    let binder = Binder::open(&config.cache_dir, store, Arc::clone(routes), inherited)?;
+    let is_inherited = matches!(origin, Origin::Inherited(_));
+    let binder = Binder::open(&config.cache_dir, store, Arc::clone(routes), origin)?;
     if is_inherited {
         let lost = binder.group().let_go(EVENT_NUMBER_MAX, heritage.events);
         if lost > 0 {

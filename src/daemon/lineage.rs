@@ -5,6 +5,7 @@
 //! is read back, the kernel is asked to send again what nobody answered, the doors open. Crash,
 //! restart and upgrade differ only in who gives the device: a keeper, systemd, or a supervisor.
 
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
@@ -12,20 +13,23 @@ use serde_json::{Value, json};
 
 use super::control::ControlPlane;
 use super::cookies::Cookies;
-use super::doors::Cachefiles;
-use super::keeper::{CACHEFILES, Ending, Keeper};
+use super::doors::{Cachefiles, Doors};
+use super::keeper::{CACHEFILES, Ending, FANOTIFY, Keeper};
 use super::keeper_wire::duplicate;
 use super::mounts::{self, Changed};
 use super::remember::{Remembered, RememberedMount};
 use super::succession::Restoration;
 use super::succession_device;
 use super::supervisor::{self, Handed, State};
+use super::witness;
 use crate::blob::journal::Journal;
-use crate::config::Config;
+use crate::config::{Config, EVENT_NUMBER_MAX};
 use crate::engine::mesh::Sender;
 use crate::error::{Error, Result};
+use crate::upcall::binder::Binder;
 use crate::upcall::device::Device;
 use crate::upcall::objects::DoorMail;
+use crate::upcall::watch::WatchMail;
 
 /// What a daemon has from its predecessors, and what it will leave. Shared by `Arc`.
 pub struct Lineage {
@@ -35,35 +39,56 @@ pub struct Lineage {
     /// What is registered, on disk.
     pub remembered: Arc<Remembered>,
     cachefiles: Option<Cachefiles>,
-    /// Whether a supervisor is to give the device.
+    binder: Option<Arc<Binder>>,
+    /// Numbers of events whose readers are served.
+    events: Vec<i32>,
+    /// Where else the predecessor's witness may be.
+    former_state_dir: OnceLock<PathBuf>,
+    /// Whether a supervisor is to give the device or the group.
     is_awaited: bool,
     doors: OnceLock<Vec<Sender<DoorMail>>>,
+    watches: OnceLock<Vec<Sender<WatchMail>>>,
     control: OnceLock<Weak<ControlPlane>>,
     restoration: Mutex<Option<Restoration>>,
 }
 
+/// What a supervisor gave, for the door it is of.
+enum Taken<'a> {
+    Device(&'a Cachefiles, Arc<Device>),
+    Group(&'a Binder, OwnedFd),
+}
+
 impl Lineage {
-    /// Reads what is remembered. `cachefiles` is that door, if it is open.
+    /// Reads what is remembered. `events` are the numbers of those that a dead daemon had read and
+    /// that are served.
     ///
     /// # Errors
     /// A state directory of no use.
     pub fn begin(
         config: &Config,
         keeper: Keeper,
-        cachefiles: Option<Cachefiles>,
+        doors: &Doors,
+        events: Vec<i32>,
         journal: &Arc<Journal>,
     ) -> Result<Lineage> {
         let (remembered, flaws) = Remembered::open(&config.state_dir)?;
         flaws.iter().for_each(|flaw| journal.error(flaw.to_string()));
-        let is_awaited = cachefiles.as_ref().is_some_and(|door| door.device.get().is_none());
+        let cachefiles = doors.cachefiles.clone();
+        let binder = doors.fanotify.as_ref().map(|door| Arc::clone(&door.binder));
+        let is_awaited = cachefiles.as_ref().is_some_and(|door| door.device.get().is_none())
+            || binder.as_ref().is_some_and(|binder| binder.group().is_awaited());
         Ok(Lineage {
             config: config.clone(),
             journal: Arc::clone(journal),
             keeper,
             remembered: Arc::new(remembered),
             cachefiles,
+            binder,
+            events,
+            former_state_dir: OnceLock::new(),
             is_awaited,
             doors: OnceLock::new(),
+            watches: OnceLock::new(),
             control: OnceLock::new(),
             restoration: Mutex::default(),
         })
@@ -96,8 +121,14 @@ impl Lineage {
     }
 
     /// Tells who serves and who knows what is registered; before `start`.
-    pub fn attach(&self, doors: Vec<Sender<DoorMail>>, control: &Arc<ControlPlane>) {
+    pub fn attach(
+        &self,
+        doors: Vec<Sender<DoorMail>>,
+        watches: Vec<Sender<WatchMail>>,
+        control: &Arc<ControlPlane>,
+    ) {
         self.doors.get_or_init(|| doors);
+        self.watches.get_or_init(|| watches);
         self.control.get_or_init(|| Arc::downgrade(control));
     }
 
@@ -118,6 +149,9 @@ impl Lineage {
                 untaken.join(", ")
             ));
         }
+        if self.is_awaited {
+            self.begin_watching();
+        }
         let Some(device) = self.device() else { return Ok(()) };
         if device.is_inherited() {
             // What is asked for from now on finds its image registered, or waits for it.
@@ -130,53 +164,101 @@ impl Lineage {
         Ok(())
     }
 
-    /// Gives the supervisor the device and all that is registered.
+    /// Gives the supervisor the device, or the group where there is no device, and all that is
+    /// registered.
     ///
     /// # Errors
-    /// `Unsupported` without a device; what the supervisor's socket says.
+    /// `Unsupported` without either; what the supervisor's socket says.
     pub fn save(&self) -> Result<()> {
         let nothing = || Error::Unsupported("this daemon has nothing to hand over".into());
         let supervisor = self.config.supervisor.as_ref().ok_or_else(nothing)?;
-        let door = self.cachefiles.as_ref().ok_or_else(nothing)?;
-        let file = self.device().and_then(|device| device.file()).ok_or_else(nothing)?;
+        let (door, directory, file) = match (&self.cachefiles, &self.binder) {
+            (Some(door), _) => {
+                let file = self.device().and_then(|device| device.file()).ok_or_else(nothing)?;
+                (CACHEFILES, &door.directory, file)
+            }
+            (None, Some(binder)) if !binder.group().is_awaited() => {
+                (FANOTIFY, &self.config.cache_dir, binder.group().as_fd())
+            }
+            _ => return Err(nothing()),
+        };
         let state = State {
             sluice: State::VERSION,
-            door: CACHEFILES.to_owned(),
-            fscache_dir: Some(succession_device::canonical(&door.directory)?),
+            door: door.to_owned(),
+            cache_dir: succession_device::canonical(directory)?,
             state_dir: self.state_dir(),
             images: self.remembered.records(),
         };
         supervisor::save(supervisor, &Handed { file: duplicate(file)?, state })
     }
 
-    /// Takes the device and what was registered from the supervisor: INIT to READY.
+    /// Takes the device or group and what was registered from the supervisor: INIT to READY.
     ///
     /// # Errors
     /// What the supervisor gives is of no use; then another try may do better.
     pub fn take_over(&self) -> Result<()> {
-        let (Some(supervisor), Some(door)) = (&self.config.supervisor, &self.cachefiles) else {
-            return Err(Error::Unsupported("this daemon has no supervisor, or no door".into()));
-        };
-        let Handed { file, state } = supervisor::fetch(supervisor)?;
-        if state.door != CACHEFILES {
-            return Err(Error::Unsupported(format!("the state is of the door {:?}", state.door)));
+        let alone = || Error::Unsupported("this daemon has no supervisor, or no door".into());
+        let supervisor = self.config.supervisor.as_ref().ok_or_else(alone)?;
+        if self.cachefiles.is_none() && self.binder.is_none() {
+            return Err(alone());
         }
-        let bound_to = state.fscache_dir.as_deref();
-        let device = Arc::new(succession_device::handed(file, &door.directory, bound_to)?);
+        let Handed { file, state } = supervisor::fetch(supervisor)?;
+        let taken = match (state.door.as_str(), &self.cachefiles, &self.binder) {
+            (CACHEFILES, Some(door), _) => {
+                succession_device::check_same(&door.directory, &state.cache_dir)?;
+                Taken::Device(door, Arc::new(Device::of(file).inherited()))
+            }
+            (FANOTIFY, None, Some(binder)) => {
+                succession_device::check_same(&self.config.cache_dir, &state.cache_dir)?;
+                Taken::Group(binder, file)
+            }
+            (other, ..) => {
+                let text = format!("the state is of the door {other:?}, which is not open here");
+                return Err(Error::Unsupported(text));
+            }
+        };
         if state.state_dir == self.state_dir() {
             // What is on disk is newer than a state that somebody has held for long.
             self.read_again();
         } else {
+            self.former_state_dir.get_or_init(|| state.state_dir);
             for record in state.images {
                 self.remembered.adopt(record)?;
             }
         }
-        if door.device.set(device).is_err() {
-            return Err(Error::Exists("this daemon has a device".into()));
+        match taken {
+            Taken::Device(door, device) => door
+                .device
+                .set(device)
+                .map_err(|_| Error::Exists("this daemon has a device".into()))?,
+            Taken::Group(binder, group) => binder.take_over(group)?,
         }
         self.bring_back();
         self.wait();
         Ok(())
+    }
+
+    /// Begins to take the events of a group that was given; the predecessor has ended. Whom it left
+    /// waiting is served first, and whom nobody knows of gets what there is.
+    fn begin_watching(&self) {
+        let (Some(binder), Some(watches)) = (&self.binder, self.watches.get()) else { return };
+        if self.cachefiles.is_some() {
+            return;
+        }
+        let mut kept = self.events.clone();
+        let directories = [Some(&self.config.state_dir), self.former_state_dir.get()];
+        for directory in directories.into_iter().flatten() {
+            let bequest = witness::collect(directory);
+            kept.extend(bequest.events.iter().map(|(_, number)| *number));
+            bequest.serve(watches, &self.journal);
+        }
+        let lost = binder.group().let_go(EVENT_NUMBER_MAX, &kept);
+        if lost > 0 {
+            self.journal.error(format!("{lost} readers of a former daemon get what is there"));
+        }
+        for watch in watches {
+            let _ = watch.send(WatchMail::Begin);
+        }
     }
 
     /// How this daemon ends: at a hand-over, readers wait for a successor.

@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use super::api::{self, Method, Request};
 use super::control::{ControlPlane, Hooks};
 use super::control_tests::{control, entry, fixture};
-use super::doors::Cachefiles;
+use super::doors::{Cachefiles, Doors};
 use super::entry::Entry;
 use super::keeper::{Ending, Keeper};
 use super::lineage::Lineage;
@@ -60,7 +60,9 @@ impl World {
         let config = Config { supervisor, state_dir, upgrade, ..config };
         let (journal, _) = crate::blob::journal::Journal::new(config.log_level);
         let door = Cachefiles { device: Arc::default(), directory: self.path(cache) };
-        let lineage = Lineage::begin(&config, Keeper::nobody(), Some(door), &journal).unwrap();
+        let doors = Doors { cachefiles: Some(door), fanotify: None };
+        let nobody = Keeper::nobody();
+        let lineage = Lineage::begin(&config, nobody, &doors, Vec::new(), &journal).unwrap();
         let lineage = Arc::new(lineage);
         let (starting, saving) = (Arc::clone(&lineage), Arc::clone(&lineage));
         let (taking, remembering) = (Arc::clone(&lineage), Arc::clone(&lineage));
@@ -75,7 +77,7 @@ impl World {
         };
         let identity = Identity { id: Some("d".into()), supervisor: Some("s".into()) };
         let control = Arc::new(ControlPlane { state: Arc::default(), identity, ..control(hooks) });
-        lineage.attach(Vec::new(), &control);
+        lineage.attach(Vec::new(), Vec::new(), &control);
         Daemon { lineage, control }
     }
 
@@ -114,7 +116,7 @@ impl World {
     fn state(&self, cache: &str) -> Value {
         json!({
             "sluice": 1, "door": "cachefiles", "images": [],
-            "fscache_dir": self.path(cache), "state_dir": self.path("state"),
+            "cache_dir": self.path(cache), "state_dir": self.path("state"),
         })
     }
 }

@@ -69,7 +69,7 @@ fn inherit(config: &Config) -> Result<Bequest> {
         return Ok(Bequest::default());
     }
     witness::start(config)?;
-    Ok(witness::collect(config))
+    Ok(witness::collect(&config.state_dir))
 }
 
 fn serve(
@@ -91,7 +91,7 @@ fn serve(
     let events: Vec<_> = bequest.events.iter().map(|(_, number)| *number).collect();
     let heritage = Heritage { keeper: &keeper, after_crash, events: &events };
     let doors = Doors::open(config, &heritage, &routes, journal)?;
-    let lineage = Lineage::begin(config, keeper, doors.cachefiles.clone(), journal)?;
+    let lineage = Lineage::begin(config, keeper, &doors, events, journal)?;
     let lineage = Arc::new(lineage);
     let watch = doors
         .fanotify
@@ -110,28 +110,18 @@ fn serve(
         make_room: doors.make_room(),
     };
     let workers = Workers::start(&parts)?;
-    serve_bequest(&workers, bequest, journal);
+    let watches = workers.watches();
+    bequest.serve(&watches, journal);
     let control = control_plane(config, &parts, &workers, &doors, &lineage);
     let ended = control.and_then(|control| {
         let (control, listening) = (Arc::new(control), (socket, &environment));
-        lineage.attach(workers.doors(), &control);
+        lineage.attach(workers.doors(), watches, &control);
         run_until_told(config, &control, &lineage, listening, doors, signals)
     });
     let ending = *ended.as_ref().unwrap_or(&lineage.ending(false));
     workers.stop(ending);
     lineage.end(ending);
     ended.map(drop)
-}
-
-/// Serves the readers that waited when a former daemon died.
-fn serve_bequest(workers: &Workers, bequest: Bequest, journal: &Journal) {
-    let count = bequest.events.len();
-    for (file, number) in bequest.events {
-        workers.serve_event(file, number);
-    }
-    if count > 0 {
-        journal.write(Level::Info, || format!("{count} readers of a former daemon are served"));
-    }
 }
 
 /// Serves until a signal comes; says how the daemon ends. The workers are stopped by the caller.

@@ -37,6 +37,12 @@ struct Note {
 const NOTE_FILE: &str = "cachefiles.json";
 
 impl Heritage<'_> {
+    /// Whether a supervisor is to give what this daemon serves: as it was told, or because it holds
+    /// that since the last daemon died.
+    pub fn is_awaited(&self, config: &Config) -> bool {
+        config.upgrade || self.after_crash && config.supervisor.is_some()
+    }
+
     /// Finds the device for a cache directory; none when a supervisor is to give it.
     ///
     /// # Errors
@@ -72,17 +78,17 @@ impl Heritage<'_> {
     }
 }
 
-/// The device that a supervisor gave, if it is the one for our directory.
-pub fn handed(file: OwnedFd, directory: &Path, bound_to: Option<&Path>) -> Result<Device> {
-    let ours = canonical(directory)?;
-    if Some(ours.as_path()) != bound_to {
-        let other = bound_to.map_or("none".into(), |it| it.display().to_string());
-        return Err(Error::Unsupported(format!(
-            "the state is of the cache directory {other}, this daemon's is {}",
+/// Refuses what a supervisor gave if it is of another cache than ours.
+pub fn check_same(ours: &Path, theirs: &Path) -> Result<()> {
+    let ours = canonical(ours)?;
+    match ours == theirs {
+        true => Ok(()),
+        false => Err(Error::Unsupported(format!(
+            "the state is of the cache directory {}, this daemon's is {}",
+            theirs.display(),
             ours.display()
-        )));
+        ))),
     }
-    Ok(Device::of(file).inherited())
 }
 
 /// The path by which the kernel knows a cache directory.

@@ -36,8 +36,8 @@ pub struct State {
     pub sluice: u32,
     /// What the file is: "cachefiles" or "fanotify".
     pub door: String,
-    /// The cache the file belongs to, if the kernel keeps it.
-    pub fscache_dir: Option<PathBuf>,
+    /// The directory of the cache the file belongs to.
+    pub cache_dir: PathBuf,
     /// Where the predecessor remembers its images.
     pub state_dir: PathBuf,
     /// What was registered.
@@ -146,7 +146,7 @@ mod tests {
         State {
             sluice: State::VERSION,
             door: "cachefiles".into(),
-            fscache_dir: Some("/cache".into()),
+            cache_dir: "/cache".into(),
             state_dir: "/state".into(),
             images: vec![record; images],
         }

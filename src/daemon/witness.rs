@@ -28,8 +28,12 @@ use nix::sys::socket::{
 use nix::sys::time::{TimeVal, TimeValLike};
 
 use super::sys;
+use super::worker::serve_event;
+use crate::blob::journal::{Journal, Level};
 use crate::config::{Config, WITNESS_ANSWER_WAIT_MS, WITNESS_FILES_PER_MESSAGE};
+use crate::engine::mesh::Sender;
 use crate::error::{Error, Result};
+use crate::upcall::watch::WatchMail;
 
 /// Sockets of witnesses in the state directory: this and the daemon's number.
 const SOCKET_PREFIX: &str = "witness-";
@@ -64,11 +68,13 @@ pub fn start(config: &Config) -> Result<()> {
     }
 }
 
-/// Takes what witnesses of dead daemons have. To be called before anything else is opened.
-pub fn collect(config: &Config) -> Bequest {
+/// Takes what witnesses of dead daemons have at a state directory. To be called before anything
+/// else is opened; a daemon that was started before the other ended finds some numbers taken, by
+/// files of its own, so that no new event gets them.
+pub fn collect(state_dir: &Path) -> Bequest {
     let own = format!("{SOCKET_PREFIX}{}.sock", std::process::id());
     let mut bequest = Bequest::default();
-    for path in sockets(&config.state_dir).filter(|path| !path.ends_with(&own)) {
+    for path in sockets(state_dir).filter(|path| !path.ends_with(&own)) {
         match ask(&path) {
             Ok(files) => bequest.events.extend(files),
             // Left by a witness that was killed, too.
@@ -84,6 +90,17 @@ pub fn collect(config: &Config) -> Bequest {
 }
 
 impl Bequest {
+    /// Has the cores serve the readers that waited.
+    pub fn serve(self, watches: &[Sender<WatchMail>], journal: &Journal) {
+        let count = self.events.len();
+        for (file, number) in self.events {
+            serve_event(watches, file, number);
+        }
+        if count > 0 {
+            journal.write(Level::Info, || format!("{count} readers of a former daemon are served"));
+        }
+    }
+
     /// Gives every file the number it had, where that is free. They came under low ones, which
     /// others of them may need.
     fn renumber(&mut self) {

@@ -148,20 +148,9 @@ impl Workers {
         self.to.mail.clone()
     }
 
-    /// Has an event served that a daemon which died had read: all of the segment that `file` is. It
-    /// is answered by the number it had there.
-    pub fn serve_event(&self, file: OwnedFd, number: RawFd) {
-        let core = file.as_raw_fd() as usize % self.to.watches.len();
-        let job = EventJob {
-            file: Fd(file.as_raw_fd()),
-            range: 0..u64::MAX,
-            taken_ns: 0,
-            number: Fd(number),
-        };
-        if self.to.watches[core].send(WatchMail::HandOver(job)).is_ok() {
-            // The core that answers closes it.
-            let _ = file.into_raw_fd();
-        }
+    /// The fanotify doors' mailboxes.
+    pub fn watches(&self) -> Vec<Sender<WatchMail>> {
+        self.to.watches.clone()
     }
 
     /// The cachefiles doors' mailboxes; one that was started without a device waits there for it.
@@ -187,6 +176,22 @@ impl Workers {
         for thread in self.threads {
             let _ = thread.join();
         }
+    }
+}
+
+/// Has an event served that a daemon which died had read: all of the segment that `file` is. It is
+/// answered by the number it had there.
+pub fn serve_event(watches: &[Sender<WatchMail>], file: OwnedFd, number: RawFd) {
+    let core = file.as_raw_fd() as usize % watches.len();
+    let job = EventJob {
+        file: Fd(file.as_raw_fd()),
+        range: 0..u64::MAX,
+        taken_ns: 0,
+        number: Fd(number),
+    };
+    if watches[core].send(WatchMail::HandOver(job)).is_ok() {
+        // The core that answers closes it.
+        let _ = file.into_raw_fd();
     }
 }
 

@@ -40,6 +40,16 @@ pub struct Binder {
     views: PathBuf,
 }
 
+/// Where a group comes from.
+pub enum Origin {
+    /// It is made.
+    New,
+    /// It was that of a daemon that died; its mark stands.
+    Inherited(OwnedFd),
+    /// Somebody will give it.
+    Awaited,
+}
+
 /// What the kernel needs to mount an image.
 struct Prepared {
     metadata: PathBuf,
@@ -52,8 +62,7 @@ struct Prepared {
 }
 
 impl Binder {
-    /// Opens the door of a cache directory: bind mount, group, mark. `inherited` is the group of a
-    /// daemon that died; its mark stands.
+    /// Opens the door of a cache directory: bind mount, group, mark.
     ///
     /// # Errors
     /// What the machine lacks, and what to do.
@@ -61,7 +70,7 @@ impl Binder {
         cache_dir: &Path,
         store: Arc<SegmentStore>,
         routes: Arc<Shared>,
-        inherited: Option<OwnedFd>,
+        origin: Origin,
     ) -> Result<Binder> {
         let (door, views) = (cache_dir.join("door"), cache_dir.join("views"));
         for directory in [&door, &views] {
@@ -69,12 +78,15 @@ impl Binder {
             made.map_err(|error| Error::io(&error, directory.display().to_string()))?;
         }
         let binding = mounting::bind_private(store.root(), &door)?;
-        let group = match inherited {
-            Some(group) if matches!(binding, Binding::Found) => Group::of(group),
+        let group = match origin {
+            Origin::Awaited => Group::awaited()?,
+            Origin::Inherited(group) if matches!(binding, Binding::Found) => Group::of(group),
             // Without the mount it was for, a group hears nothing.
-            _ => Group::open()?,
+            Origin::Inherited(_) | Origin::New => Group::open()?,
         };
-        group.mark_mount(&door)?;
+        if !group.is_awaited() {
+            group.mark_mount(&door)?;
+        }
         let bindings = Bindings::new(store, routes);
         Ok(Binder { bindings, group: Arc::new(group), door, views })
     }
@@ -89,6 +101,14 @@ impl Binder {
         &self.group
     }
 
+    /// Takes the group that was awaited.
+    ///
+    /// # Errors
+    /// `Malformed` for what is no group of this door; `Exists` if one was given before.
+    pub fn take_over(&self, group: OwnedFd) -> Result<()> {
+        self.group.become_given(&Group::of(group), &self.door)
+    }
+
     /// Binds an image, unless it is bound, and mounts it at `mountpoint` as `peer` sees it. Gives
     /// the blobs to prefetch.
     ///
@@ -100,6 +120,10 @@ impl Binder {
         mountpoint: &Path,
         peer: Option<u32>,
     ) -> Result<Vec<Arc<OpenBlob>>> {
+        if self.group.is_awaited() {
+            let text = "this daemon waits for a supervisor to give it its group; mount later";
+            return Err(Error::unavailable(text));
+        }
         let prepared = self.prepare(image)?;
         let was_bound = self.bindings.of_image(image).is_some();
         if !was_bound {

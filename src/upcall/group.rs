@@ -12,6 +12,7 @@ use std::ffi::CString;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::errno::Errno;
 
@@ -24,6 +25,8 @@ use crate::error::{Error, Result};
 #[derive(Debug)]
 pub struct Group {
     fd: OwnedFd,
+    /// Whether it stands for one that somebody is yet to give.
+    is_awaited: AtomicBool,
 }
 
 /// An ignore mark that outlives writes to its file. Evictable: it does not pin the inode in memory,
@@ -66,7 +69,36 @@ impl Group {
 
     /// A group that somebody kept for us.
     pub fn of(fd: OwnedFd) -> Group {
-        Group { fd }
+        Group { fd, is_awaited: AtomicBool::new(false) }
+    }
+
+    /// A group that hears nothing, for one that is to be given.
+    ///
+    /// # Errors
+    /// As for `open`.
+    pub fn awaited() -> Result<Group> {
+        let group = Group::open()?;
+        group.is_awaited.store(true, Ordering::Release);
+        Ok(group)
+    }
+
+    /// Whether it is yet to be given.
+    pub fn is_awaited(&self) -> bool {
+        self.is_awaited.load(Ordering::Acquire)
+    }
+
+    /// From now on this is the group that was given, which hears the mount at `place`.
+    ///
+    /// # Errors
+    /// `Exists` if one was given before; `Malformed` for what is no such group.
+    pub fn become_given(&self, given: &Group, place: &Path) -> Result<()> {
+        let refused = |error: Error| Error::Malformed(format!("this is no group of ours: {error}"));
+        given.mark_mount(place).map_err(refused)?;
+        if !self.is_awaited.swap(false, Ordering::AcqRel) {
+            return Err(Error::Exists("this daemon has a group".into()));
+        }
+        sys::replace(self.fd.as_fd(), given.fd.as_fd())
+            .map_err(|errno| Error::system(errno as i32, "cannot take the group over"))
     }
 
     /// The group's file, for polling.

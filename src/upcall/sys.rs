@@ -31,6 +31,13 @@ pub fn adopt(fd: Fd) -> OwnedFd {
     unsafe { OwnedFd::from_raw_fd(fd.0) }
 }
 
+/// dup3(2): `target`'s number stands for what `file` is from now on.
+pub fn replace(target: BorrowedFd<'_>, file: BorrowedFd<'_>) -> Result<(), Errno> {
+    // SAFETY: numbers only; both stay owned by whom they are.
+    let result = unsafe { libc::dup3(file.as_raw_fd(), target.as_raw_fd(), libc::O_CLOEXEC) };
+    Errno::result(result).map(drop)
+}
+
 /// fsopen(2): an empty context for a mount of this file system.
 pub fn fsopen(kind: &CStr) -> Result<OwnedFd, Errno> {
     // SAFETY: the name is a string that lives through the call.

@@ -58,6 +58,8 @@ pub struct EventJob {
 pub enum WatchMail {
     /// Serve an event: from the core that polls, or of a daemon that died.
     HandOver(EventJob),
+    /// Begin to take events: of a group that was awaited.
+    Begin,
     /// Take nothing new.
     Stop {
         /// What cannot be answered with data is left to a successor, not refused.
@@ -71,6 +73,7 @@ pub struct Watch {
     parts: WatchParts,
     jobs: Queue<EventJob>,
     slot_freed: Notify,
+    begun: Notify,
     /// Demand slots that wait, less the events queued for them.
     idle_slots: Cell<usize>,
     next_sibling: Cell<usize>,
@@ -88,6 +91,7 @@ impl Watch {
             parts,
             jobs: Queue::new(DEMAND_SLOTS + MAILBOX_CAPACITY),
             slot_freed: Notify::default(),
+            begun: Notify::default(),
             idle_slots: Cell::new(DEMAND_SLOTS),
             next_sibling: Cell::new(0),
             is_stopped: Cell::new(false),
@@ -107,6 +111,9 @@ impl Watch {
 
     async fn take_events(self: Rc<Self>) {
         let (core, journal) = (&self.crew.core, &self.crew.parts.journal);
+        if self.parts.group.is_awaited() {
+            self.begun.wait(core).await;
+        }
         let mut buffer = [0; EVENT_BYTES];
         while !self.is_stopped.get() {
             while self.idle_slots.get() == 0 {
@@ -327,6 +334,7 @@ impl Watch {
                         if job.taken_ns > 0 { job.taken_ns } else { self.crew.core.now() };
                     self.enqueue(EventJob { taken_ns, ..job });
                 }
+                WatchMail::Begin => self.begun.wake_all(&self.crew.core),
                 WatchMail::Stop { is_hand_over } => {
                     self.is_stopped.set(true);
                     self.is_handing_over.set(is_hand_over);

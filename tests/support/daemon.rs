@@ -22,6 +22,8 @@ pub struct Daemon {
     pub home: TempDir,
     child: Option<Child>,
     options: Vec<String>,
+    /// How often it was upgraded beside its predecessor.
+    generation: u32,
 }
 
 impl Daemon {
@@ -34,7 +36,7 @@ impl Daemon {
     /// A daemon over a folder that may hold what another one left.
     pub fn over(home: TempDir, options: &[&str]) -> Daemon {
         let options = options.iter().map(|option| (*option).to_owned()).collect();
-        let mut daemon = Daemon { home, child: None, options };
+        let mut daemon = Daemon { home, child: None, options, generation: 0 };
         daemon.start_again();
         daemon
     }
@@ -42,8 +44,22 @@ impl Daemon {
     /// Starts the program with the same arguments.
     pub fn start_again(&mut self) {
         assert!(self.child.is_none(), "one at a time");
+        self.child = Some(self.spawn(&[]));
+        self.wait_until("it answers", |daemon| daemon.answers().is_ok_and(|count| count > 0));
+    }
+
+    /// Starts a successor beside it, as a supervisor does; gives the predecessor and its socket.
+    pub fn start_successor(&mut self) -> (Child, PathBuf) {
+        let (former, socket) = (self.child.take().expect("it runs"), self.socket());
+        self.generation += 1;
+        self.child = Some(self.spawn(&["--upgrade"]));
+        self.wait_until("it answers", |daemon| daemon.answers().is_ok_and(|count| count > 0));
+        (former, socket)
+    }
+
+    fn spawn(&self, more: &[&str]) -> Child {
         let log = File::options().append(true).create(true).open(self.path("log")).expect("a log");
-        let child = Command::new(env!("CARGO_BIN_EXE_sluice"))
+        Command::new(env!("CARGO_BIN_EXE_sluice"))
             .args(["daemon", "--door", "fanotify", "--rlimit-nofile", "0", "--cache"])
             .arg(self.path("cache"))
             .arg("--state-dir")
@@ -51,12 +67,11 @@ impl Daemon {
             .arg("--apisock")
             .arg(self.socket())
             .args(&self.options)
+            .args(more)
             .stdin(Stdio::null())
             .stderr(log)
             .spawn()
-            .expect("the program is built");
-        self.child = Some(child);
-        self.wait_until("it answers", |daemon| daemon.answers().is_ok_and(|count| count > 0));
+            .expect("the program is built")
     }
 
     /// Bytes of an answer it gave. Who connects may still meet the socket of one that was killed.
@@ -121,7 +136,7 @@ impl Daemon {
     }
 
     pub fn socket(&self) -> PathBuf {
-        self.path("api.sock")
+        self.path(&format!("api-{}.sock", self.generation))
     }
 
     pub fn log(&self) -> String {
@@ -198,15 +213,12 @@ impl Daemon {
 
     /// One call of the control API with a JSON body; gives the status.
     pub fn put(&self, path: &str, body: &Value) -> u16 {
-        let (mut stream, body) =
-            (UnixStream::connect(self.socket()).expect("it"), body.to_string());
-        let head = format!("PUT {path} HTTP/1.1\r\nContent-Length: {}\r\n", body.len());
-        let request = format!("{head}Connection: close\r\n\r\n{body}");
-        stream.write_all(request.as_bytes()).expect("it takes requests");
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).expect("it answers");
-        let status = answer.split(' ').nth(1).and_then(|status| status.parse().ok());
-        status.unwrap_or_else(|| panic!("{answer:?} is no answer"))
+        put(&self.socket(), path, &body.to_string())
+    }
+
+    /// One call of the control API without a body.
+    pub fn act(&self, path: &str) -> u16 {
+        put(&self.socket(), path, "")
     }
 
     /// Polls until something is so.
@@ -243,6 +255,18 @@ impl Drop for Daemon {
             let _ = nix::mount::umount2(&mount.mountpoint, nix::mount::MntFlags::MNT_DETACH);
         }
     }
+}
+
+/// One call of the control API at a socket; gives the status.
+pub fn put(socket: &Path, path: &str, body: &str) -> u16 {
+    let mut stream = UnixStream::connect(socket).expect("it listens");
+    let head = format!("PUT {path} HTTP/1.1\r\nContent-Length: {}\r\n", body.len());
+    let request = format!("{head}Connection: close\r\n\r\n{body}");
+    stream.write_all(request.as_bytes()).expect("it takes requests");
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).expect("it answers");
+    let status = answer.split(' ').nth(1).and_then(|status| status.parse().ok());
+    status.unwrap_or_else(|| panic!("{answer:?} is no answer"))
 }
 
 /// An ext4 of so many MiB, until dropped.

@@ -14,6 +14,7 @@ pub mod listener;
 pub mod node;
 pub mod registry;
 pub mod segments;
+pub mod supervisor;
 pub mod synthetic;
 pub mod tree;
 pub mod truth;
