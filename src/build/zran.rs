@@ -102,8 +102,8 @@ impl Places {
         let input = stored_end - entry.stored_offset;
         if output > CHUNK_MAX_BYTES as u64 || input > UNIT_COMPRESSED_MAX_BYTES as u64 {
             return Err(unsupported!(
-                "the layer's gzip stream can be entered too rarely (byte {place} of its tar is in a \
-                 stretch of {output} bytes, stored in {input}): convert the layer instead"
+                "the layer's gzip stream can be entered too rarely (byte {place} of its tar is in \
+                 {output} bytes, stored in {input}): convert the layer instead"
             ));
         }
         if self.contexts.last().is_none_or(|(_, last)| *last != entry) {
