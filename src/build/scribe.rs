@@ -20,7 +20,7 @@ use crate::image::superblock::BLOCK_BYTES;
 use crate::image::{BlobId, BlobRecord, Compressor, Digest};
 use sha2::Digest as _;
 use std::fs::File;
-use std::io::{BufWriter, Write};
+use std::io::{BufWriter, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 /// zstd level of context tables: they are small, and read once per blob.
@@ -250,22 +250,33 @@ impl BlobFile {
         self.write(&record.context_header(contexts)[..])
     }
 
-    /// The same for a table too large to be held: `copy` writes its `size` bytes.
+    /// The same for a table too large to be held: `copy` writes its `size` bytes, twice if they do
+    /// not get smaller.
     pub(super) fn stream_context_table(
         &mut self,
         record: &mut BlobRecord,
         size: u64,
-        copy: impl FnOnce(&mut dyn Write) -> std::io::Result<()>,
+        mut copy: impl FnMut(&mut dyn Write) -> std::io::Result<()>,
         contexts: (u64, u64, u32),
     ) -> Result<()> {
-        let start = self.size;
+        let (start, hasher) = (self.size, self.hasher.clone());
         let packed = (|| {
             let mut encoder = zstd::stream::write::Encoder::new(&mut *self, TABLE_LEVEL)?;
             encoder.set_pledged_src_size(Some(size))?;
             copy(&mut encoder)?;
-            encoder.finish().map(drop)
+            encoder.finish().map(drop)?;
+            if self.size - start < size {
+                return Ok(Compressor::Zstd);
+            }
+            // Windows of bytes that were random grow, and readers refuse a table that did.
+            self.out.flush()?;
+            self.out.get_mut().set_len(start)?;
+            self.out.seek(SeekFrom::Start(start))?;
+            (self.size, self.hasher) = (start, hasher);
+            copy(&mut &mut *self)?;
+            Ok(Compressor::None)
         })();
-        packed.map_err(|error| self.partial.failed(&error))?;
+        record.ci_compressor = packed.map_err(|error| self.partial.failed(&error))?;
         record.ci_offset = start;
         record.ci_compressed_size = self.size - start;
         record.ci_uncompressed_size = size;

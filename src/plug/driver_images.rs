@@ -211,7 +211,10 @@ impl Images {
             if Instant::now() >= deadline {
                 return Err(error.context(format_args!("waited {} s", wait.as_secs())));
             }
-            first.get_or_insert_with(|| error.to_string());
+            if first.is_none() {
+                (self.service.say)(&format!("a start waits: {error}"));
+                first = Some(error.to_string());
+            }
             std::thread::sleep(Duration::from_millis(config::DOCKER_DAEMON_LOOK_MS));
         }
     }
