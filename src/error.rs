@@ -6,6 +6,16 @@
 
 use std::fmt;
 
+/// [`Error::Malformed`] with a text.
+macro_rules! malformed {
+    ($($text:tt)*) => { $crate::error::Error::Malformed(format!($($text)*)) };
+}
+
+/// [`Error::Unsupported`] with a text.
+macro_rules! unsupported {
+    ($($text:tt)*) => { $crate::error::Error::Unsupported(format!($($text)*)) };
+}
+
 /// What went wrong, by what can be done about it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Error {

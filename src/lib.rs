@@ -7,8 +7,8 @@
 //! # The rooms
 //! ```text
 //! cli -> daemon -> upcall -> blob -> { registry, store, image } -> engine
-//! cli -> build -> { registry, image } -> engine
-//! cli -> plug -> { registry, image }
+//! cli -> build -> { registry, image, tar } -> engine
+//! cli -> plug -> { registry, image, tar }
 //! config and error are leaves that all may use
 //! ```
 //! * [`engine`]: mechanism. One core is one thread, one io_uring, one loop; operations are data,
@@ -25,6 +25,7 @@
 //! * [`daemon`]: wiring. Workers, the control API (nydusd's, and our own), mounts, statistics,
 //!   space, and what outlives a daemon: registrations on disk, the keeper, the witness.
 //! * [`build`]: making images: layers to blobs and a bootstrap, and from any place to any other.
+//! * [`tar`]: the archives that layers are.
 //! * [`cli`]: one file per command.
 //!
 //! Dependencies point one way, files stay short, and unsafe code lives in the few files that
@@ -89,15 +90,18 @@
 //!   (1.2 to 1.7 KB of kernel memory, and 65,535 of them seconds of mount time), a large segment
 //!   costs its first reader the bytes in front.
 
+#[macro_use]
+pub mod error;
+
 pub mod blob;
 pub mod build;
 pub mod cli;
 pub mod config;
 pub mod daemon;
 pub mod engine;
-pub mod error;
 pub mod image;
 pub mod plug;
 pub mod registry;
 pub mod store;
+pub mod tar;
 pub mod upcall;

@@ -16,13 +16,14 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("cli", &["daemon", "build", "upcall", "plug", "blob", "registry", "store", "image", "engine"]),
     ("daemon", &["upcall", "plug", "blob", "registry", "store", "image", "engine"]),
     ("upcall", &["blob", "registry", "store", "image", "engine"]),
-    ("plug", &["blob", "registry", "store", "image", "engine"]),
+    ("plug", &["blob", "registry", "store", "image", "engine", "tar"]),
     ("blob", &["registry", "store", "image", "engine"]),
-    ("build", &["registry", "image", "engine"]),
+    ("build", &["registry", "image", "engine", "tar"]),
     ("registry", &["engine"]),
     ("store", &["engine"]),
     ("image", &["engine"]),
     ("engine", &[]),
+    ("tar", &[]),
     ("config", &[]),
     ("error", &[]),
 ];
@@ -32,10 +33,11 @@ const PURE: &[(&str, &[&str])] = &[
     ("src/registry/", &["http", "auth", "config", "reference", "origin", "mirrors", "complaint"]),
     ("src/build/", &["place", "image_config", "documents", "bootstrap_layer", "trace"]),
     ("src/blob/", &["plan", "schedule"]),
+    ("src/tar/", &[]),
 ];
 #[rustfmt::skip]
 const UNSAFE_FILES: &[&str] = &["src/engine/ring.rs", "src/engine/arena.rs", "src/upcall/sys.rs",
-    "src/image/inflate.rs", "src/daemon/sys.rs", "tests/allocations.rs"];
+    "src/image/inflate.rs", "src/daemon/sys.rs", "tests/support/counting.rs"];
 const NO_NAMES: &[&str] = &["utils", "util", "common", "helpers", "helper", "misc"];
 const NO_ENDINGS: &[&str] = &["Manager", "Handler", "Helper", "Impl"];
 /// The path of samples whose path does not matter.
@@ -414,8 +416,7 @@ fn lines_have_at_most_100_columns() {
 
 #[test]
 fn files_open_with_their_contract() {
-    let bad = [(FILE, "// A map.\n"), (FILE, ""), (FILE, "\n//! A map.\n")];
-    enforce(header, &bad, &[(FILE, "//! A map.\n")]);
+    enforce(header, &[(FILE, "// A\n"), (FILE, ""), (FILE, "\n//! A\n")], &[(FILE, "//! A\n")]);
 }
 
 #[test]
@@ -461,8 +462,7 @@ fn unsafe_stays_in_the_listed_files_and_says_why() {
 
 #[test]
 fn names_say_something() {
-    let types =
-        ["pub(crate) struct CacheManager;", "trait ReadHandler {}", "fn get_size(&self) {}"];
+    let types = ["pub(crate) struct AManager;", "trait AHandler {}", "fn get_size(&self) {}"];
     let files = [("src/blob/utils.rs", ""), ("tests/common/mod.rs", "")];
     let bad = [types.map(|text| (FILE, text)).as_slice(), &files].concat();
     enforce(names, &bad, &[(FILE, "fn gets() { map.get_mut(1); } struct Managers; // fn get_x")]);

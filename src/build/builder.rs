@@ -8,19 +8,19 @@
 use super::bootstrap;
 use super::chunks::Chunks;
 use super::directory::Walker;
-use super::entry::{Entry, FileData};
+use super::entry::{Attributes, Entry, FileData};
 use super::feeder::Feeder;
 use super::gzip_index::GzipReader;
 use super::options::{Compression, Options, Progress};
 use super::pipeline;
 use super::scribe::{BlobFile, Finished, Scribe, Tally};
 use super::stream::{self, Counted};
-use super::tar::{Archive, FileShape, Member, MemberKind};
 use super::tree::Tree;
 use super::zran;
 use crate::error::{Error, Result};
-use crate::image::inode_writer::xattr_area;
-use crate::image::{BlobId, BlobRecord, Bootstrap};
+use crate::image::inode_writer::{split_xattr_name, xattr_area};
+use crate::image::{BlobId, BlobRecord, Bootstrap, FileKind};
+use crate::tar::{Archive, Kind, Member};
 use serde::Serialize;
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -399,45 +399,70 @@ fn take_members(
     let mut archive = Archive::new(tar);
     while let Some(member) = archive.next()? {
         counts.0 += 1;
-        counts.1 += member.lost_xattrs as u64;
-        take_member(tree, feeder, &mut archive, member)?;
+        counts.1 += take_member(tree, feeder, &mut archive, member)? as u64;
     }
     Ok(())
 }
 
+/// Says how many of its attributes no image can hold.
 fn take_member(
     tree: &mut Tree,
     feeder: &mut Feeder,
     archive: &mut Archive<impl Read>,
-    member: Member,
-) -> Result<()> {
-    let Member { path, attributes, kind, .. } = member;
-    let name_it = |error: Error| error.context(format!("{:?}", String::from_utf8_lossy(&path)));
-    xattr_area(attributes.xattrs.iter().map(|(name, value)| (&name[..], &value[..])))
+    mut member: Member,
+) -> Result<usize> {
+    let stated = member.xattrs.len();
+    member.xattrs.retain(|(name, _)| split_xattr_name(name).is_some());
+    let lost = stated - member.xattrs.len();
+    let name_it =
+        |error: Error| error.context(format!("{:?}", String::from_utf8_lossy(&member.path)));
+    xattr_area(member.xattrs.iter().map(|(name, value)| (&name[..], &value[..])))
         .map_err(name_it)?;
-    let entry = match kind {
-        MemberKind::File(shape) => {
-            let data = take_data(feeder, archive, &shape).map_err(name_it)?;
-            Entry::File(attributes, data)
-        }
-        MemberKind::Directory => Entry::Directory(attributes),
-        MemberKind::Link(target) => Entry::Link(attributes, target),
-        MemberKind::HardLink(target) => Entry::HardLink(target),
-        MemberKind::Device(kind, major, minor) => Entry::Device(attributes, kind, major, minor),
-        MemberKind::Pipe => Entry::Special(attributes, crate::image::FileKind::Pipe),
+    let data = match member.kind {
+        Kind::File => take_data(feeder, archive, &member).map_err(name_it)?,
+        _ => FileData::default(),
     };
-    tree.apply(&path, entry)
+    let (path, link) = (std::mem::take(&mut member.path), std::mem::take(&mut member.link));
+    let (kind, (major, minor)) = (member.kind, member.device);
+    let attributes = attributes(member);
+    let entry = match kind {
+        Kind::File => Entry::File(attributes, data),
+        Kind::Directory => Entry::Directory(attributes),
+        Kind::Symlink => Entry::Link(attributes, link),
+        Kind::HardLink => Entry::HardLink(link),
+        Kind::Character => Entry::Device(attributes, FileKind::CharacterDevice, major, minor),
+        Kind::Block => Entry::Device(attributes, FileKind::BlockDevice, major, minor),
+        Kind::Fifo => Entry::Special(attributes, FileKind::Pipe),
+    };
+    tree.apply(&path, entry)?;
+    Ok(lost)
+}
+
+fn attributes(member: Member) -> Attributes {
+    let (mtime_seconds, mtime_nanoseconds) = member.mtime;
+    Attributes {
+        permissions: member.mode as u16,
+        uid: member.uid,
+        gid: member.gid,
+        mtime_seconds,
+        mtime_nanoseconds,
+        xattrs: member
+            .xattrs
+            .into_iter()
+            .map(|(name, value)| (name.into(), value.into()))
+            .collect(),
+    }
 }
 
 fn take_data(
     feeder: &mut Feeder,
     archive: &mut Archive<impl Read>,
-    shape: &FileShape,
+    member: &Member,
 ) -> Result<FileData> {
-    let data = feeder.begin(shape.size)?;
-    let Some(segments) = &shape.segments else {
+    let data = feeder.begin(member.size)?;
+    let Some(segments) = &member.segments else {
         let offset = archive.offset();
-        feeder.bytes(archive, shape.size, offset)?;
+        feeder.bytes(archive, member.size, offset)?;
         return Ok(data);
     };
     let mut at = 0;
@@ -447,6 +472,6 @@ fn take_data(
         feeder.bytes(archive, length, offset)?;
         at = start + length;
     }
-    feeder.zeros(shape.size - at)?;
+    feeder.zeros(member.size - at)?;
     Ok(data)
 }

@@ -15,12 +15,12 @@ use super::documents::{LAYER_TAR, descriptor};
 use super::image_config::ImageConfig;
 use super::layer_stream::LayerStream;
 use super::source::{Images, LayerInput, Source, SourceImage, SourceLayer, is_for, platform_text};
-use super::tar::{Archive, MemberKind};
 use crate::config as limits;
 use crate::error::{Error, Result};
 use crate::image::Digest;
 use crate::image::manifest::Platform;
 use crate::registry::reference::Reference;
+use crate::tar::{Archive, Kind};
 
 /// What `manifest.json` says of one image.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -89,17 +89,18 @@ impl Members {
                 ));
             }
             let name = normal(&String::from_utf8_lossy(&member.path));
+            let link = String::from_utf8_lossy(&member.link);
             match member.kind {
-                MemberKind::File(shape) if shape.segments.is_none() => {
-                    members.files.insert(name, (archive.offset(), shape.size));
+                Kind::File if member.segments.is_none() => {
+                    members.files.insert(name, (archive.offset(), member.size));
                 }
-                MemberKind::Link(target) => {
+                Kind::Symlink => {
                     let folder = name.rsplit_once('/').map_or("", |(folder, _)| folder);
-                    let target = format!("{folder}/{}", String::from_utf8_lossy(&target));
-                    members.links.insert(name, normal(&target));
+                    let target = normal(&format!("{folder}/{link}"));
+                    members.links.insert(name, target);
                 }
-                MemberKind::HardLink(target) => {
-                    members.links.insert(name, normal(&String::from_utf8_lossy(&target)));
+                Kind::HardLink => {
+                    members.links.insert(name, normal(&link));
                 }
                 _ => {}
             }

@@ -19,14 +19,6 @@
 //! [`optimize`] writes an image's bootstrap anew around one blob with what a start needs, and
 //! [`republish`] puts that under the image's name.
 
-macro_rules! malformed {
-    ($($text:tt)*) => { $crate::error::Error::Malformed(format!($($text)*)) };
-}
-
-macro_rules! unsupported {
-    ($($text:tt)*) => { $crate::error::Error::Unsupported(format!($($text)*)) };
-}
-
 pub mod bootstrap_layer;
 pub mod builder;
 pub mod convert;
@@ -60,14 +52,9 @@ mod entry;
 mod feeder;
 mod gzip_index;
 mod numbering;
-mod pax;
 mod pipeline;
 mod scribe;
 mod stream;
-mod tar;
-mod tar_header;
-#[cfg(test)]
-mod tar_tests;
 mod target;
 #[cfg(test)]
 mod tree_tests;

@@ -26,12 +26,6 @@ pub const BUILD_INODES_MAX: usize = 1 << 24;
 pub const PATH_MAX_BYTES: usize = 4096;
 /// Symbolic links followed on the way along a path: the kernel's MAXSYMLINKS.
 pub const LINKS_FOLLOWED_MAX: usize = 40;
-/// Bytes of one extension header of a tar: an inode's attributes have at most 256 KiB.
-pub const TAR_EXTENSION_MAX_BYTES: u64 = MIB as u64;
-/// Extension headers in front of one entry.
-pub const TAR_EXTENSIONS_MAX: usize = 16;
-/// Segments of one sparse file.
-pub const TAR_SEGMENTS_MAX: usize = 256 * KIB;
 /// Directories of a walk may be nested so deep: each holds a descriptor, of 1024 by default.
 pub const BUILD_DEPTH_MAX: usize = 512;
 /// Names of one file's extended attributes: the kernel's XATTR_LIST_MAX.

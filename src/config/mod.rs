@@ -17,6 +17,7 @@ mod registry;
 mod snapshotter;
 mod store;
 mod succession;
+mod tar;
 
 use std::path::PathBuf;
 
@@ -35,6 +36,7 @@ pub use registry::*;
 pub use snapshotter::*;
 pub use store::*;
 pub use succession::*;
+pub use tar::*;
 
 /// How the workers share the kernel's requests at the cachefiles device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

@@ -14,14 +14,6 @@
 //! Bootstrap -> Segmentation (segmentation) -> KernelView (view): what is mounted behind fanotify
 //! ```
 
-macro_rules! malformed {
-    ($($text:tt)*) => { $crate::error::Error::Malformed(format!($($text)*)) };
-}
-
-macro_rules! unsupported {
-    ($($text:tt)*) => { $crate::error::Error::Unsupported(format!($($text)*)) };
-}
-
 pub mod blob_table;
 pub mod bootstrap;
 pub mod chunk_table;

@@ -41,8 +41,6 @@ pub mod snapshots;
 pub mod snapshotter;
 pub mod stack;
 pub mod start;
-pub mod tar;
-pub mod tar_read;
 pub mod unpack;
 
 #[cfg(test)]
@@ -59,6 +57,3 @@ mod snapshot_store_tests;
 
 #[cfg(test)]
 mod snapshots_tests;
-
-#[cfg(test)]
-mod tar_read_tests;

@@ -11,16 +11,18 @@ use nix::sys::stat::{FileStat, SFlag, major, minor};
 
 use super::beneath;
 use super::stack::{self, Stack, Visit, failed};
-use super::tar::{BLOCK_BYTES, Kind, Member, encode_head};
 use crate::config;
 use crate::error::{Error, Result};
+use crate::tar::write::encode_head;
+use crate::tar::{BLOCK_BYTES, Kind, Member};
 
 /// Writes what `stack` shows as a tar.
 pub fn pack(stack: Stack, sink: impl Write) -> Result<()> {
     let mut packer =
         Packer { sink, links: HashMap::new(), buffer: vec![0; config::TAR_COPY_BYTES] };
     if stack.hides() {
-        packer.head(&Member { mode: 0o755, ..blank(b".wh..wh..opq".to_vec(), Kind::File) })?;
+        packer
+            .head(&Member { mode: 0o755, ..Member::new(b".wh..wh..opq".to_vec(), Kind::File) })?;
     }
     stack::walk(stack, Stack::default(), |visit| packer.entry(&visit))?;
     packer.write(&[0; 2 * BLOCK_BYTES])?;
@@ -141,27 +143,12 @@ fn member(path: Vec<u8>, kind: Kind, status: &FileStat) -> Member {
         mtime: (status.st_mtime, 0),
         size: if kind == Kind::File { status.st_size as u64 } else { 0 },
         device: if is_device { device } else { (0, 0) },
-        ..blank(path, kind)
+        ..Member::new(path, kind)
     }
 }
 
 /// An empty file whose name says something about what is below.
 fn mark(path: Vec<u8>, status: &FileStat) -> Member {
     let (uid, gid, mtime) = (status.st_uid, status.st_gid, (status.st_mtime, 0));
-    Member { uid, gid, mtime, ..blank(path, Kind::File) }
-}
-
-fn blank(path: Vec<u8>, kind: Kind) -> Member {
-    Member {
-        path,
-        kind,
-        link: Vec::new(),
-        mode: 0,
-        uid: 0,
-        gid: 0,
-        mtime: (0, 0),
-        size: 0,
-        device: (0, 0),
-        xattrs: Vec::new(),
-    }
+    Member { uid, gid, mtime, ..Member::new(path, Kind::File) }
 }

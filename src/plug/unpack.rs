@@ -22,10 +22,9 @@ use nix::sys::time::TimeSpec;
 use nix::unistd::{Gid, Uid, fchownat, linkat, symlinkat};
 
 use super::beneath::{self, Beneath};
-use super::tar::{Kind, Member};
-use super::tar_read::TarReader;
 use crate::config;
 use crate::error::{Error, Result};
+use crate::tar::{Archive, Kind, Member};
 
 const WHITEOUT_PREFIX: &[u8] = b".wh.";
 const OPAQUE_MARK: &[u8] = b".wh..wh..opq";
@@ -53,22 +52,19 @@ pub fn unpack(directory: &Path, scrap: &Path, tar: impl Read) -> Result<Unpacked
         directory_bytes: 0,
         unpacked: Unpacked::default(),
     };
-    let mut reader = TarReader::new(tar);
-    while let Some(mut member) = reader.member()? {
+    let mut archive = Archive::new(tar);
+    while let Some(mut member) = archive.next()? {
         let shown = String::from_utf8_lossy(&member.path).into_owned();
         let path = normal_path(&member.path)
             .ok_or_else(|| Error::Malformed(format!("the layer's member {shown:?} leaves it")))?;
         member.path = path;
-        unpacker.take(&member, &mut reader).map_err(|failure| match failure {
+        unpacker.take(&member, &mut archive).map_err(|failure| match failure {
             Failure::Errno(errno) => {
                 Error::system(errno as i32, format!("cannot unpack the layer's member {shown:?}"))
             }
             Failure::Error(error) => error.context(format_args!("the layer's member {shown:?}")),
         })?;
     }
-    // What stands behind the archive belongs to the layer's digest.
-    std::io::copy(&mut reader.into_inner(), &mut std::io::sink())
-        .map_err(|error| Error::io(&error, "the layer's tar stream broke off"))?;
     unpacker.finish()
 }
 
@@ -119,7 +115,7 @@ struct Unpacker {
 }
 
 impl Unpacker {
-    fn take<R: Read>(&mut self, member: &Member, reader: &mut TarReader<R>) -> Outcome {
+    fn take<R: Read>(&mut self, member: &Member, archive: &mut Archive<R>) -> Outcome {
         let split = member.path.iter().rposition(|&byte| byte == b'/');
         let (parent_path, name) = match split {
             Some(at) => (&member.path[..at], &member.path[at + 1..]),
@@ -143,7 +139,7 @@ impl Unpacker {
                 self.whiteout(&parent, hidden)?;
             }
         } else {
-            self.make(&parent, name, member, reader)?;
+            self.make(&parent, name, member, archive)?;
         }
         // A link or a removal may have changed what the path means.
         if matches!(member.kind, Kind::File | Kind::Directory) {
@@ -186,7 +182,7 @@ impl Unpacker {
         parent: &OwnedFd,
         name: &[u8],
         member: &Member,
-        reader: &mut TarReader<R>,
+        archive: &mut Archive<R>,
     ) -> Outcome {
         let there = match beneath::status(parent, name) {
             Ok(there) => Some(there),
@@ -203,7 +199,7 @@ impl Unpacker {
         let node = |kind| mknodat(parent, os_name, kind, Mode::empty(), device);
         match member.kind {
             Kind::File => {
-                self.file(parent, os_name, member, reader)?;
+                self.file(parent, os_name, member, archive)?;
             }
             Kind::HardLink => return self.hard_link(parent, os_name, member),
             Kind::Symlink => symlinkat(OsStr::from_bytes(&member.link), parent, os_name)?,
@@ -228,13 +224,13 @@ impl Unpacker {
         parent: &OwnedFd,
         name: &OsStr,
         member: &Member,
-        reader: &mut TarReader<R>,
+        archive: &mut Archive<R>,
     ) -> Outcome {
         let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW;
         let file = openat(parent, name, flags | OFlag::O_CLOEXEC, Mode::S_IRUSR | Mode::S_IWUSR)?;
         let file = File::from(file);
         let mut end = 0;
-        reader.copy(|offset, bytes| {
+        archive.copy(member, |offset, bytes| {
             end = offset + bytes.len() as u64;
             file.write_all_at(bytes, offset).map_err(|error| Error::io(&error, "cannot write it"))
         })?;

@@ -1,55 +1,27 @@
-//! The members of a tar, one after the other, as a stream.
+//! The members of an archive, one after the other, as a stream.
 //!
-//! ustar, PAX and GNU with long names, sparse files of all versions and extended attributes.
 //! Owns the position in the stream; after `next` a caller may read the member's data through
-//! `Read`, and what it leaves is skipped. Everything a member says is checked for being possible,
-//! not for being sensible: paths are the tree's business.
+//! `Read` or `copy`, and what it leaves is skipped. Nothing is kept but one header and its
+//! extensions.
 //!
 //! An archive may end without its two blocks of zeros, as container runtimes allow, but never
 //! within a member. Global PAX headers say nothing about files and are passed over, as they do.
 
-use super::entry::Attributes;
+use super::header::{Header, sparse_extension};
 use super::pax::{self, Extension};
-use super::tar_header::{BLOCK_BYTES, Header, Segment, sparse_extension};
-use crate::config::{TAR_EXTENSION_MAX_BYTES, TAR_EXTENSIONS_MAX, TAR_SEGMENTS_MAX};
+use super::{BLOCK_BYTES, Kind, Member, Segment};
+use crate::config::{
+    TAR_COPY_BYTES, TAR_EXTENSION_MAX_BYTES, TAR_EXTENSIONS_MAX, TAR_SEGMENTS_MAX,
+};
 use crate::error::{Error, Result};
-use crate::image::FileKind;
-use crate::image::inode_writer::split_xattr_name;
 use std::io::Read;
 
-/// A member of an archive; paths as stored.
-#[derive(Clone, Debug)]
-pub(super) struct Member {
-    pub(super) path: Vec<u8>,
-    pub(super) attributes: Attributes,
-    pub(super) kind: MemberKind,
-    /// Extended attributes no image can hold, by name.
-    pub(super) lost_xattrs: usize,
-}
-
-/// What a member is.
-#[derive(Clone, Debug)]
-pub(super) enum MemberKind {
-    File(FileShape),
-    Directory,
-    /// With its target.
-    Link(Vec<u8>),
-    /// With the path of the other name.
-    HardLink(Vec<u8>),
-    Device(FileKind, u32, u32),
-    Pipe,
-}
-
 /// Bytes of a file, and which of them are in the archive.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct FileShape {
-    pub(super) size: u64,
-    /// `None`: all of them. Ascending and apart; between them are zeros.
-    pub(super) segments: Option<Vec<Segment>>,
-}
+type Shape = (u64, Option<Vec<Segment>>);
 
 /// A tar being read.
-pub(super) struct Archive<R> {
+#[derive(Debug)]
+pub struct Archive<R> {
     stream: R,
     /// Bytes taken from the stream.
     offset: u64,
@@ -60,18 +32,19 @@ pub(super) struct Archive<R> {
 }
 
 impl<R: Read> Archive<R> {
-    pub(super) fn new(stream: R) -> Self {
+    /// Reads from the first byte of `stream`.
+    pub fn new(stream: R) -> Self {
         Archive { stream, offset: 0, data: 0, padding: 0, is_over: false }
     }
 
     /// Where in the tar the next byte of data is.
-    pub(super) fn offset(&self) -> u64 {
+    pub fn offset(&self) -> u64 {
         self.offset
     }
 
     /// The next member; `None` at the end. The stream is then used up to its own end, so that
     /// whoever checks its digest has seen all of it.
-    pub(super) fn next(&mut self) -> Result<Option<Member>> {
+    pub fn next(&mut self) -> Result<Option<Member>> {
         let mut extension = Extension::default();
         for _ in 0..TAR_EXTENSIONS_MAX {
             let Some(header) = self.header()? else { return Ok(None) };
@@ -81,7 +54,7 @@ impl<R: Read> Archive<R> {
                 b'L' => extension.path = Some(self.long_name(size)?),
                 b'K' => extension.link = Some(self.long_name(size)?),
                 // Global headers and volume labels.
-                b'g' | b'V' => self.begin_data(size),
+                b'g' | b'V' => self.begin_data(size)?,
                 _ => {
                     let path = extension.path.clone().unwrap_or_else(|| header.path());
                     let member = self.member(&header, extension);
@@ -93,44 +66,85 @@ impl<R: Read> Archive<R> {
         Err(malformed!("more than {TAR_EXTENSIONS_MAX} extension headers before a file"))
     }
 
+    /// Hands what the archive holds of a file's content to `sink`, with its place in the file.
+    ///
+    /// # Errors
+    /// The archive's, and the sink's.
+    pub fn copy(
+        &mut self,
+        member: &Member,
+        mut sink: impl FnMut(u64, &[u8]) -> Result<()>,
+    ) -> Result<()> {
+        let whole = [(0, member.size)];
+        let mut buffer = vec![0; member.size.min(TAR_COPY_BYTES as u64) as usize];
+        for &(mut offset, mut left) in member.segments.as_deref().unwrap_or(&whole) {
+            while left > 0 {
+                let wanted = left.min(buffer.len() as u64) as usize;
+                let count = match self.read(&mut buffer[..wanted]) {
+                    Ok(0) => return Err(cut_short()),
+                    Ok(count) => count,
+                    Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
+                    Err(error) => return Err(broken(&error)),
+                };
+                sink(offset, &buffer[..count])?;
+                offset += count as u64;
+                left -= count as u64;
+            }
+        }
+        Ok(())
+    }
+
+    /// The member of a header, its extensions applied. Only files have content, whatever the size
+    /// field of another kind says.
     fn member(&mut self, header: &Header, extension: Extension) -> Result<Member> {
         let path = extension.path.clone().unwrap_or_else(|| header.path());
-        let link = extension.link.clone().unwrap_or_else(|| header.link());
-        let size = extension.size.map_or_else(|| header.size(), Ok)?;
-        let (attributes, lost_xattrs) = attributes(header, &extension)?;
+        let stored = extension.size.map_or_else(|| header.size(), Ok)?;
         let kind = match header.kind() {
-            // Before ustar, directories were files whose names end in a slash.
-            b'\0' | b'0' if path.ends_with(b"/") => {
-                self.begin_data(size);
-                MemberKind::Directory
-            }
-            b'\0' | b'0' | b'7' => {
-                self.begin_data(size);
-                MemberKind::File(self.file_shape(size, &extension)?)
-            }
-            b'S' => MemberKind::File(self.old_sparse(header, size)?),
-            b'1' => MemberKind::HardLink(link),
-            b'2' => MemberKind::Link(link),
-            b'3' | b'4' => {
-                let (major, minor) = header.device()?;
-                let character = header.kind() == b'3';
-                let kind =
-                    if character { FileKind::CharacterDevice } else { FileKind::BlockDevice };
-                MemberKind::Device(kind, major, minor)
-            }
-            b'5' => MemberKind::Directory,
-            // GNU's incremental dumps: a directory, with a list of names that is for restoring.
-            b'D' => {
-                self.begin_data(size);
-                MemberKind::Directory
-            }
-            b'6' => MemberKind::Pipe,
+            // Before there were flags, a slash at the end made a directory.
+            b'\0' if path.ends_with(b"/") => Kind::Directory,
+            b'\0' | b'0' | b'7' | b'S' => Kind::File,
+            b'1' => Kind::HardLink,
+            b'2' => Kind::Symlink,
+            b'3' => Kind::Character,
+            b'4' => Kind::Block,
+            b'5' | b'D' => Kind::Directory,
+            b'6' => Kind::Fifo,
             other => {
-                return Err(unsupported!("a member of type {:?}", char::from(other)));
+                return Err(unsupported!("a member of the unknown type {:?}", char::from(other)));
             }
         };
-        let path = extension.sparse.path.unwrap_or(path);
-        Ok(Member { path, attributes, kind, lost_xattrs })
+        // GNU's incremental dumps: a directory, with a list of names that is for restoring.
+        if kind == Kind::File || matches!(header.kind(), b'\0' | b'D') {
+            self.begin_data(stored)?;
+        }
+        let (size, segments) = match (kind, header.kind()) {
+            (Kind::File, b'S') => self.old_sparse(header, stored)?,
+            (Kind::File, _) => self.file_shape(stored, &extension)?,
+            _ => (0, None),
+        };
+        let owner = |stated: Option<i64>, header: Result<i64>| {
+            let id = stated.map_or(header, Ok)?;
+            u32::try_from(id).map_err(|_| malformed!("owner or group {id} is out of range"))
+        };
+        Ok(Member {
+            link: extension.link.unwrap_or_else(|| header.link()),
+            mode: (header.mode()? & 0o7777) as u32,
+            uid: owner(extension.uid, header.uid())?,
+            gid: owner(extension.gid, header.gid())?,
+            mtime: match extension.mtime {
+                Some(mtime) => mtime,
+                None => (header.mtime()?, 0),
+            },
+            device: match kind {
+                Kind::Character | Kind::Block => header.device()?,
+                _ => (0, 0),
+            },
+            xattrs: extension.xattrs.into_iter().collect(),
+            path: extension.sparse.path.unwrap_or(path),
+            kind,
+            size,
+            segments,
+        })
     }
 
     /// The next header that is none of zeros.
@@ -159,9 +173,14 @@ impl<R: Read> Archive<R> {
         Ok(None)
     }
 
-    fn begin_data(&mut self, size: u64) {
+    fn begin_data(&mut self, size: u64) -> Result<()> {
+        // With its padding it is still a position in a file.
+        if size > i64::MAX as u64 - BLOCK_BYTES as u64 {
+            return Err(malformed!("a length of {size}"));
+        }
         self.data = size;
         self.padding = size.wrapping_neg() % BLOCK_BYTES as u64;
+        Ok(())
     }
 
     fn skip_data(&mut self) -> Result<()> {
@@ -196,7 +215,7 @@ impl<R: Read> Archive<R> {
         if size > TAR_EXTENSION_MAX_BYTES {
             return Err(unsupported!("an extension header of {size} bytes"));
         }
-        self.begin_data(size);
+        self.begin_data(size)?;
         let mut data = Vec::new();
         self.take(size).read_to_end(&mut data).map_err(|error| broken(&error))?;
         if data.len() as u64 != size {
@@ -212,10 +231,10 @@ impl<R: Read> Archive<R> {
     }
 
     /// What a regular header and its extensions say of a file's data.
-    fn file_shape(&mut self, stored: u64, extension: &Extension) -> Result<FileShape> {
+    fn file_shape(&mut self, stored: u64, extension: &Extension) -> Result<Shape> {
         let sparse = &extension.sparse;
         if !sparse.map_in_data && sparse.segments.is_none() {
-            return Ok(FileShape { size: stored, segments: None });
+            return Ok((stored, None));
         }
         let size = sparse.size.ok_or_else(|| malformed!("a sparse file without its size"))?;
         let segments = match &sparse.segments {
@@ -235,7 +254,8 @@ impl<R: Read> Archive<R> {
         (0..count).map(|_| Ok((lines.number()?, lines.number()?))).collect()
     }
 
-    fn old_sparse(&mut self, header: &Header, stored: u64) -> Result<FileShape> {
+    /// GNU's old form: the first of the map in the header, the rest in blocks of its own.
+    fn old_sparse(&mut self, header: &Header, stored: u64) -> Result<Shape> {
         let (mut segments, size, mut more) = header.sparse()?;
         while more {
             let mut block = [0; BLOCK_BYTES];
@@ -249,7 +269,6 @@ impl<R: Read> Archive<R> {
                 return Err(pax::too_many());
             }
         }
-        self.begin_data(stored);
         sparse_shape(size, segments, stored)
     }
 }
@@ -302,7 +321,7 @@ impl<R: Read> Lines<'_, R> {
 
 /// Checks a map: segments ascend, end inside the file and are all there is in the archive. Empty
 /// ones, which mark a file's end, are left out.
-fn sparse_shape(size: u64, mut segments: Vec<Segment>, stored: u64) -> Result<FileShape> {
+fn sparse_shape(size: u64, mut segments: Vec<Segment>, stored: u64) -> Result<Shape> {
     segments.retain(|&(_, length)| length > 0);
     let (mut end, mut sum) = (0u64, 0u64);
     for &(offset, length) in &segments {
@@ -313,36 +332,13 @@ fn sparse_shape(size: u64, mut segments: Vec<Segment>, stored: u64) -> Result<Fi
     if sum != stored {
         return Err(malformed!("a sparse map of {sum} bytes with {stored} bytes of data"));
     }
-    Ok(FileShape { size, segments: Some(segments) })
-}
-
-fn attributes(header: &Header, extension: &Extension) -> Result<(Attributes, usize)> {
-    let owner = |stated: Option<i64>, header: Result<i64>| {
-        let id = stated.map_or(header, Ok)?;
-        u32::try_from(id).map_err(|_| malformed!("owner or group {id} is out of range"))
-    };
-    let (mtime_seconds, mtime_nanoseconds) = match extension.mtime {
-        Some(mtime) => mtime,
-        None => (header.mtime()?, 0),
-    };
-    let kept = extension.xattrs.iter().filter(|(name, _)| split_xattr_name(name).is_some());
-    let kept = kept.map(|(name, value)| (name[..].into(), value[..].into()));
-    let attributes = Attributes {
-        permissions: (header.mode()? & 0o7777) as u16,
-        uid: owner(extension.uid, header.uid())?,
-        gid: owner(extension.gid, header.gid())?,
-        mtime_seconds,
-        mtime_nanoseconds,
-        xattrs: kept.collect(),
-    };
-    let lost = extension.xattrs.len() - attributes.xattrs.len();
-    Ok((attributes, lost))
+    Ok((size, Some(segments)))
 }
 
 fn broken(error: &std::io::Error) -> Error {
     match error.kind() {
         std::io::ErrorKind::UnexpectedEof => cut_short(),
-        _ => super::stream::unreadable(error),
+        _ => Error::io(error, "the layer cannot be read"),
     }
 }
 

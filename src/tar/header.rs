@@ -1,20 +1,16 @@
 //! One 512-byte header of a tar: ustar, GNU or older.
 //!
-//! Pure. Decodes fields and checks the sum; what follows from them is decided by [`super::tar`].
+//! Pure. Decodes fields and checks the sum; what follows from them is decided by
+//! [`super::archive`].
 
+use super::{BLOCK_BYTES, Segment};
 use crate::error::Result;
-
-/// Headers and data come in blocks of this size.
-pub(super) const BLOCK_BYTES: usize = 512;
 
 /// A header whose sum is right.
 #[derive(Clone, Debug)]
 pub(super) struct Header {
     block: [u8; BLOCK_BYTES],
 }
-
-/// A segment of a sparse file that is in the archive: offset in the file, and length.
-pub(super) type Segment = (u64, u64);
 
 impl Header {
     /// `None` for a block of zeros, which ends an archive.
@@ -46,6 +42,8 @@ impl Header {
     pub(super) fn path(&self) -> Vec<u8> {
         let name = text(&self.block[..100]);
         let prefix = match self.is_ustar() {
+            // The archiver star signs with its name, and keeps times at the end of the prefix.
+            true if self.block[508..512] == *b"tar\0" => text(&self.block[345..476]),
             true => text(&self.block[345..500]),
             false => &[],
         };

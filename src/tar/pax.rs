@@ -3,7 +3,7 @@
 //! Pure. Keeps what changes an entry; ignores keys that do not matter for an image, as the
 //! standard wants. Later records win, and an empty value takes an earlier one back.
 
-use super::tar_header::Segment;
+use super::{Segment, XATTR_PREFIX};
 use crate::config::TAR_SEGMENTS_MAX;
 use crate::error::Result;
 use base64::Engine as _;
@@ -67,7 +67,7 @@ impl Extension {
             b"RHT.security.selinux" => self.set_xattr(b"security.selinux".to_vec(), value),
             _ if key.starts_with(b"GNU.sparse.") => return self.take_sparse(&key[11..], value),
             _ => {
-                if let Some(name) = key.strip_prefix(b"SCHILY.xattr.") {
+                if let Some(name) = key.strip_prefix(XATTR_PREFIX) {
                     self.set_xattr(name.to_vec(), value);
                 } else if let Some(name) = key.strip_prefix(b"LIBARCHIVE.xattr.") {
                     self.take_libarchive(name, value)?;
