@@ -8,6 +8,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use super::catalog::Catalog;
+use super::fetch::{Landing, LongBatch};
 use super::flight::{FlightId, Flights, Plan, RemoteWaiter};
 use super::journal::{Journal, Level};
 use super::latency::{Cause, Step};
@@ -20,6 +21,7 @@ use crate::config::{
     LARGE_LANDINGS, PREFETCH_QUEUE,
 };
 use crate::engine::mesh::{Receiver, Sender};
+use crate::engine::offload::Errand;
 use crate::engine::sync::{Gate, Notify, Permits, Queue};
 use crate::engine::{Core, CoreId, Lane};
 use crate::image::identity::{BlobId, ChunkIndex};
@@ -100,6 +102,8 @@ pub struct Crew {
     pub large_landings: Permits,
     /// Workbenches that nobody uses at the moment.
     pub benches: RefCell<Vec<Box<Workbench>>>,
+    /// Ways to a helper thread that nobody uses at the moment.
+    pub(super) errands: RefCell<Vec<Errand<LongBatch, Landing>>>,
     /// Everything that must end before the core may go.
     pub gate: Gate,
     /// Set when the daemon stops.
@@ -125,6 +129,7 @@ impl Crew {
             landings: Permits::new(LANDINGS),
             large_landings: Permits::new(LARGE_LANDINGS),
             benches: RefCell::new(Vec::with_capacity(LANDINGS)),
+            errands: RefCell::new(Vec::with_capacity(LANDINGS)),
             gate: Gate::default(),
             stopping: Notify::default(),
             news: Notify::default(),

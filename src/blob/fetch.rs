@@ -12,6 +12,7 @@ use std::sync::Arc;
 use super::crew::Crew;
 use super::flight::{FlightId, Plan};
 use super::latency::{Cause, Step};
+use super::open::OpenBlob;
 use super::plan::{Run, extent};
 use super::statistics::Counter;
 use super::workbench::{Batch, Job, Workbench};
@@ -19,8 +20,10 @@ use crate::config::{
     BODY_TRIES, DECODE_INLINE_MAX_BYTES, DIGEST_TRIES, FETCHERS_PER_ROUTE, FILL_TRIES,
     MILLISECOND_NS, PACE_REQUEST_MAX_BYTES, RANGE_LEASE_SIZE, ROOM_MIN_BYTES,
 };
-use crate::engine::{Class, Lane, Lease};
+use crate::engine::offload::Errand;
+use crate::engine::{Class, CoreId, Lane, Lease};
 use crate::error::{Error, Result};
+use crate::image::layout::Layout;
 use crate::registry::body::Body;
 use crate::registry::client::BlobRef;
 
@@ -46,10 +49,31 @@ impl<'a> Attempt<'a> {
 }
 
 /// The buffers of a body that is arriving.
-struct Landing {
+pub(super) struct Landing {
     input: Lease,
     output: Lease,
     bench: Box<Workbench>,
+}
+
+/// A batch for a helper thread, with all that decoding it takes.
+pub(super) struct LongBatch {
+    landing: Landing,
+    batch: Batch,
+    layout: Arc<Layout>,
+    blob: Arc<OpenBlob>,
+    core: CoreId,
+    chunks: Range<u32>,
+    clock: fn() -> u64,
+}
+
+impl LongBatch {
+    fn decode(self) -> Landing {
+        let LongBatch { mut landing, batch, layout, blob, core, chunks, clock } = self;
+        let Landing { input, output, bench } = &mut landing;
+        let job = Job { layout: &layout, cache: &blob.cache, core, chunks, clock };
+        bench.process(&job, &batch, input, output);
+        landing
+    }
 }
 
 impl Crew {
@@ -293,15 +317,12 @@ impl Crew {
             bench.process(&job, &batch, input, output);
             return landing;
         }
+        let errand = self.errands.borrow_mut().pop();
+        let errand = errand.unwrap_or_else(|| Errand::new(&self.core, LongBatch::decode));
         let (layout, blob) = (Arc::clone(&plan.layout), Arc::clone(&plan.blob));
-        self.core
-            .offload(move || {
-                let Landing { input, output, bench } = &mut landing;
-                let job = Job { layout: &layout, cache: &blob.cache, core, chunks, clock };
-                bench.process(&job, &batch, input, output);
-                landing
-            })
-            .await
+        landing = errand.run(LongBatch { landing, batch, layout, blob, core, chunks, clock }).await;
+        self.errands.borrow_mut().push(errand);
+        landing
     }
 
     /// Counts and logs what was wrong, and notes the units to ask for again.

@@ -14,6 +14,8 @@ pub const SPIN_DEFAULT_US: u64 = 0;
 pub const HELPER_THREADS: usize = 4;
 /// Jobs that may wait for a helper thread.
 pub const HELPER_QUEUE: usize = 1024;
+/// Tasks that may wait for the same thing before its list grows.
+pub const NOTIFY_WAITERS: usize = 8;
 /// Kernel workers a ring may start for operations that block: regular files, everything else.
 pub const KERNEL_WORKERS: [u32; 2] = [8, 32];
 

@@ -124,6 +124,10 @@ impl Core {
         state.wrapping_mul(0x2545_f491_4f6c_dd1d)
     }
 
+    fn helpers(&self) -> Option<&Helpers> {
+        self.0.helpers.as_deref()
+    }
+
     /// The core's bell, for mailboxes.
     pub fn wake(&self) -> &Arc<Wake> {
         &self.0.wake

@@ -15,7 +15,13 @@ use super::mesh::Wake;
 use crate::config::HELPER_QUEUE;
 use crate::error::{Error, Result};
 
-type Job = Box<dyn FnOnce() + Send>;
+/// What waits in the queue: a place with its work.
+type Job = Arc<dyn Run>;
+
+trait Run: Send + Sync {
+    /// Does the work and tells who waits.
+    fn run(&self);
+}
 
 /// A process's helper threads. They end when the last handle is dropped.
 pub struct Helpers {
@@ -32,16 +38,17 @@ impl Helpers {
             let receiver = receiver.clone();
             let thread = std::thread::Builder::new()
                 .name(format!("helper-{index}"))
-                .spawn(move || receiver.iter().for_each(|job| job()))
+                .spawn(move || receiver.iter().for_each(|job| job.run()))
                 .map_err(|error| Error::io(&error, "cannot start a helper thread"))?;
             helpers.threads.push(thread);
         }
         Ok(Arc::new(helpers))
     }
 
-    fn run(&self, job: Job) -> std::result::Result<(), Job> {
+    /// False if the queue is full.
+    fn take(&self, job: Job) -> bool {
         let jobs = self.jobs.as_ref().expect("present until drop");
-        jobs.try_send(job).map_err(|error| error.into_inner())
+        jobs.try_send(job).is_ok()
     }
 }
 
@@ -58,55 +65,87 @@ impl Drop for Helpers {
     }
 }
 
-/// Where the result of a job is left: `None` until it has ended, then `Err` if it panicked.
-type Outcome<T> = Arc<Mutex<Option<std::thread::Result<T>>>>;
-
-/// Waits for a job.
-#[must_use = "a future does nothing until awaited"]
-pub struct Offload<T> {
-    core: Core,
-    outcome: Outcome<T>,
+/// One job and what it works on.
+struct Place<I, O> {
+    work: fn(I) -> O,
+    wake: Arc<Wake>,
+    state: Mutex<State<I, O>>,
 }
 
-impl<T: Send + 'static> Offload<T> {
-    pub(super) fn start(
-        core: &Core,
-        helpers: Option<&Helpers>,
-        wake: &Arc<Wake>,
-        work: impl FnOnce() -> T + Send + 'static,
-    ) -> Self {
-        let outcome: Outcome<T> = Arc::new(Mutex::new(None));
-        let (place, wake) = (Arc::clone(&outcome), Arc::clone(wake));
-        let job: Job = Box::new(move || {
-            // The panic goes on in the task that waits, where it can be attributed.
-            let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
-            *place.lock().expect("nobody panics while holding it") = Some(result);
-            wake.ring();
-        });
-        let refused = match helpers {
-            Some(helpers) => helpers.run(job),
-            None => Err(job),
-        };
-        if let Err(job) = refused {
-            // No helpers (simulation) or their queue is full: slower here, never lost.
-            job();
-        }
-        Offload { core: core.clone(), outcome }
+enum State<I, O> {
+    /// Nothing is to be done, or is being done.
+    Empty,
+    Asked(I),
+    /// `Err` if the work panicked.
+    Answered(std::thread::Result<O>),
+}
+
+impl<I, O> Place<I, O> {
+    fn exchange(&self, state: State<I, O>) -> State<I, O> {
+        std::mem::replace(&mut *self.state.lock().expect("nobody panics while holding it"), state)
     }
 }
 
-impl<T> Future for Offload<T> {
-    type Output = T;
+impl<I: Send, O: Send> Run for Place<I, O> {
+    fn run(&self) {
+        let State::Asked(input) = self.exchange(State::Empty) else { return };
+        // The panic goes on in the task that waits, where it can be attributed.
+        let work = std::panic::AssertUnwindSafe(|| (self.work)(input));
+        self.exchange(State::Answered(std::panic::catch_unwind(work)));
+        self.wake.ring();
+    }
+}
 
-    fn poll(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<T> {
-        let finished = self.outcome.lock().expect("nobody panics while holding it").take();
-        match finished {
-            Some(Ok(value)) => Poll::Ready(value),
-            Some(Err(panic)) => std::panic::resume_unwind(panic),
-            None => {
-                self.core.wait_for_mail();
-                Poll::Pending
+/// Work that is given to helper threads again and again: nothing is allocated each time.
+pub struct Errand<I, O> {
+    core: Core,
+    place: Arc<Place<I, O>>,
+}
+
+impl<I: Send + 'static, O: Send + 'static> Errand<I, O> {
+    /// For the tasks of one core.
+    pub fn new(core: &Core, work: fn(I) -> O) -> Self {
+        let (wake, state) = (Arc::clone(core.wake()), Mutex::new(State::Empty));
+        Errand { core: core.clone(), place: Arc::new(Place { work, wake, state }) }
+    }
+
+    /// Has the work done on `input`. One at a time: whoever stops waiting throws the errand away.
+    pub fn run(&self, input: I) -> Offload<I, O> {
+        self.place.exchange(State::Asked(input));
+        let job: Job = Arc::<Place<I, O>>::clone(&self.place);
+        let is_taken = self.core.helpers().is_some_and(|helpers| helpers.take(job));
+        if !is_taken {
+            // No helpers (simulation) or their queue is full: slower here, never lost.
+            self.place.run();
+        }
+        Offload { core: self.core.clone(), place: Arc::clone(&self.place) }
+    }
+}
+
+/// Waits for a job.
+#[must_use = "a future does nothing until awaited"]
+pub struct Offload<I, O> {
+    core: Core,
+    place: Arc<Place<I, O>>,
+}
+
+impl<I, O> Future for Offload<I, O> {
+    type Output = O;
+
+    fn poll(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<O> {
+        let mut state = self.place.state.lock().expect("nobody panics while holding it");
+        if !matches!(*state, State::Answered(_)) {
+            drop(state);
+            self.core.wait_for_mail();
+            return Poll::Pending;
+        }
+        match std::mem::replace(&mut *state, State::Empty) {
+            State::Answered(Err(panic)) => {
+                drop(state);
+                std::panic::resume_unwind(panic)
             }
+            State::Answered(Ok(output)) => Poll::Ready(output),
+            State::Empty | State::Asked(_) => unreachable!("it was looked at under the lock"),
         }
     }
 }

@@ -10,10 +10,13 @@ use std::task::{Context, Poll};
 
 use super::arena::{Class, Lease};
 use super::driver::{Call, Fd, Request};
-use super::offload::Offload;
+use super::offload::{Errand, Offload};
 use super::op::Op;
 use super::{Core, Lane};
 use crate::error::{Error, Result};
+
+/// Work that is done once.
+pub type Once<T> = Box<dyn FnOnce() -> T + Send>;
 
 /// What a transfer gives: the lease, and how many bytes went.
 pub type Transfer = (Lease, Result<usize>);
@@ -105,8 +108,8 @@ impl Core {
     pub fn offload<T: Send + 'static>(
         &self,
         work: impl FnOnce() -> T + Send + 'static,
-    ) -> Offload<T> {
-        Offload::start(self, self.0.helpers.as_deref(), &self.0.wake, work)
+    ) -> Offload<Once<T>, T> {
+        Errand::new(self, |work: Once<T>| work()).run(Box::new(work))
     }
 
     /// Lets every other ready task run first.

@@ -12,13 +12,19 @@ use std::task::{Context, Poll};
 use super::Core;
 use super::op::Op;
 use super::task::TaskId;
+use crate::config::NOTIFY_WAITERS;
 use crate::error::Result;
 
 /// Something others wait to be told of.
-#[derive(Default)]
 pub struct Notify {
     waiters: RefCell<Vec<TaskId>>,
     epoch: Cell<u64>,
+}
+
+impl Default for Notify {
+    fn default() -> Self {
+        Notify { waiters: RefCell::new(Vec::with_capacity(NOTIFY_WAITERS)), epoch: Cell::new(0) }
+    }
 }
 
 impl Notify {

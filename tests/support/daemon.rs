@@ -224,11 +224,7 @@ impl Daemon {
 
     /// Polls until something is so.
     pub fn wait_until(&self, what: &str, is_so: impl Fn(&Daemon) -> bool) {
-        let deadline = Instant::now() + PATIENCE;
-        while !is_so(self) {
-            assert!(Instant::now() < deadline, "not within {PATIENCE:?}: {what}\n{}", self.log());
-            std::thread::sleep(Duration::from_millis(10)); // tidy: polling
-        }
+        assert!(comes_true(|| is_so(self)), "not within {PATIENCE:?}: {what}\n{}", self.log());
     }
 
     /// Bytes of all segments.
@@ -256,6 +252,18 @@ impl Drop for Daemon {
             let _ = nix::mount::umount2(&mount.mountpoint, nix::mount::MntFlags::MNT_DETACH);
         }
     }
+}
+
+/// Polls until something is so; false if it takes too long.
+pub fn comes_true(is_so: impl Fn() -> bool) -> bool {
+    let deadline = Instant::now() + PATIENCE;
+    while !is_so() {
+        if Instant::now() > deadline {
+            return false;
+        }
+        std::thread::sleep(Duration::from_millis(10)); // tidy: polling
+    }
+    true
 }
 
 /// One call of the control API at a socket; gives the status.

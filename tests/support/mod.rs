@@ -3,6 +3,7 @@
 #![allow(dead_code, missing_docs)]
 
 pub mod built;
+pub mod counting;
 pub mod daemon;
 pub mod distribution;
 pub mod fuzzing;
@@ -12,6 +13,7 @@ pub mod kernel;
 pub mod layouts;
 pub mod listener;
 pub mod node;
+pub mod program;
 pub mod registry;
 pub mod segments;
 pub mod supervisor;
