@@ -2,32 +2,20 @@
 //!
 //! Needs no root, no device and no network; everything happens in a temporary directory.
 
+mod support;
+
 use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Stdio};
+
+use support::program::{sluice, stderr, stdout};
 
 const LZ4_BLOB: &str = "87e1f1ab466391410c6662b5a67d7ff6f1197a91e65e6bc184001eb2dde6bd0a";
 const ONE_IMAGE: &str = r#"[{"id":"demo","domain_id":"demo","blobs":[{"id":"b","size":4096}]}]"#;
 const TAR_GZ_BLOB: &str = "08807168adada4826de984acf3d96f1607a78af98ff1d1f6ccde6da1f38a9a17";
-
-fn sluice(arguments: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_sluice"))
-        .args(arguments)
-        .stdin(Stdio::null())
-        .output()
-        .expect("the program runs")
-}
-
-fn stdout(output: &Output) -> String {
-    String::from_utf8_lossy(&output.stdout).into_owned()
-}
-
-fn stderr(output: &Output) -> String {
-    String::from_utf8_lossy(&output.stderr).into_owned()
-}
 
 fn fixture(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(path)

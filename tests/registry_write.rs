@@ -21,6 +21,7 @@ use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
 use support::distribution::Distribution;
+use support::layouts::noise;
 use support::registry::Registry;
 
 const MIB: usize = 1 << 20;
@@ -29,18 +30,6 @@ const ACCEPT: &str = "application/vnd.oci.image.manifest.v1+json";
 fn digest(bytes: &[u8]) -> String {
     let hex: String = Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect();
     format!("sha256:{hex}")
-}
-
-/// Bytes that no two offsets share for long.
-fn noise(size: usize, seed: u64) -> Vec<u8> {
-    let mut state = seed | 1;
-    let step = |_| {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        (state >> 32) as u8
-    };
-    (0..size).map(step).collect()
 }
 
 /// Runs `work` with a repository of the registry at `address`.

@@ -3,34 +3,17 @@ Usage: image.py HOST:PORT REPO TAG plain [WORD]           busybox, and a layer o
        image.py HOST:PORT REPO TAG pause                  the same, sleeping: for a pod's sandbox
        image.py HOST:PORT REPO TAG nydus FOLDER [BLOB...] blobs and the bootstrap of a folder
        image.py HOST:PORT REPO TAG boot FOLDER [BLOB...]  the same blobs, and a manifest with nothing but the bootstrap"""
-import gzip, hashlib, http.client, io, json, os, sys, tarfile
+import gzip, io, os, sys, tarfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / 'parts'))
+from registry import Repository, digest
 
 host, repo, tag, shape, *arguments = sys.argv[1:]
-connection = http.client.HTTPConnection(host, timeout=60)
+repository = Repository(host, repo)
 MANIFEST = 'application/vnd.oci.image.manifest.v1+json'
 LAYER = 'application/vnd.oci.image.layer.v1.tar+gzip'
 BLOB = 'application/vnd.oci.image.layer.nydus.blob.v1'
-
-
-def call(method, path, body=b'', kind='application/octet-stream'):
-    connection.request(method, path, body, {'Content-Type': kind, 'Content-Length': str(len(body))})
-    answer = connection.getresponse()
-    text = answer.read()
-    if answer.status >= 300:
-        raise SystemExit(f'{method} {path}: {answer.status} {text[:300]!r}')
-    return answer
-
-
-def digest(data):
-    return 'sha256:' + hashlib.sha256(data).hexdigest()
-
-
-def upload(data, kind, annotations=None):
-    place = call('POST', f'/v2/{repo}/blobs/uploads/').getheader('Location')
-    path = '/' + place.split('/', 3)[3] if '://' in place else place
-    call('PUT', path + ('&' if '?' in path else '?') + 'digest=' + digest(data), data)
-    described = {'mediaType': kind, 'digest': digest(data), 'size': len(data)}
-    return described | ({'annotations': annotations} if annotations else {})
 
 
 def tar(members):
@@ -63,17 +46,17 @@ def plain(word='hello'):
     top = [file('etc/.wh.gone', b''), folder('old'), file('old/.wh..wh..opq', b''), file('old/two', b'2'),
            file('etc/word', word.encode() + b'\n')]
     tars = [tar(base), tar(top)]
-    return [upload(gzip.compress(data, 1), LAYER) for data in tars], [digest(data) for data in tars]
+    return [repository.upload(gzip.compress(data, 1), LAYER) for data in tars], [digest(data) for data in tars]
 
 
 def nydus(folder, *others):
     paths = [os.path.join(folder, name) for name in sorted(os.listdir(folder)) if name != 'image.boot']
     blobs = [read(path) for path in [*paths, *others]]
-    layers = [upload(data, BLOB, {'containerd.io/snapshot/nydus-blob': 'true'}) for data in blobs]
+    layers = [repository.upload(data, BLOB, {'containerd.io/snapshot/nydus-blob': 'true'}) for data in blobs]
     boot = tar([('image', tarfile.DIRTYPE, b'', 0o755),
                 ('image/image.boot', tarfile.REGTYPE, read(os.path.join(folder, 'image.boot')), 0o444)])
     marks = {'containerd.io/snapshot/nydus-bootstrap': 'true', 'containerd.io/snapshot/nydus-fs-version': '6'}
-    layers.append(upload(gzip.compress(boot, 1), LAYER, marks if shape == 'nydus' else None))
+    layers.append(repository.upload(gzip.compress(boot, 1), LAYER, marks if shape == 'nydus' else None))
     diffs = [digest(data) for data in [*blobs, boot]]
     return (layers, diffs) if shape == 'nydus' else (layers[-1:], diffs[-1:])
 
@@ -82,6 +65,4 @@ layers, diffs = (plain if shape in ('plain', 'pause') else nydus)(*arguments)
 command = ['/bin/sleep', '100000'] if shape == 'pause' else ['/bin/cat', '/etc/word']
 config = {'architecture': 'amd64', 'os': 'linux', 'config': {'Env': ['PATH=/bin'], 'Cmd': command},
           'rootfs': {'type': 'layers', 'diff_ids': diffs}}
-manifest = {'schemaVersion': 2, 'mediaType': MANIFEST, 'layers': layers,
-            'config': upload(json.dumps(config).encode(), 'application/vnd.oci.image.config.v1+json')}
-call('PUT', f'/v2/{repo}/manifests/{tag}', json.dumps(manifest).encode(), MANIFEST)
+repository.tag(tag, layers, config, MANIFEST, 'application/vnd.oci.image.config.v1+json')

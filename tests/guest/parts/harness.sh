@@ -1,6 +1,7 @@
 # What every suite in this folder stands on: checks, the daemon, the registries, mounts, and an end that cleans up.
 # Runs inside the guest as root. A suite sources it, makes its checks, and ends with `finish`.
-# Expects: /guest/suite (this folder), /fixtures/small, perhaps /fixtures/large, sluice and registryd in the PATH.
+# Expects: /guest/suite (this folder), /guest/parts (tests/parts), /fixtures/small, perhaps /fixtures/large; sluice and
+# registryd in the PATH.
 
 # shellcheck shell=bash
 
@@ -13,38 +14,13 @@ DAEMON_LOG=/tmp/daemon.log
 # Under emulation a daemon takes its time to start; nothing here waits this long unless something is wrong.
 PATIENCE_S=30
 
-passed=0 failed=0 daemon_pid="" registry_pid="" control=""
+WORK=/tmp
+. /guest/parts/checks.sh
 
-ok() {
-    passed=$((passed + 1))
-    echo "ok $1"
-}
+daemon_pid="" registry_pid="" control=""
 
-bad() {
-    failed=$((failed + 1))
-    echo "FAIL $1: ${2:-}"
-}
-
-# check NAME COMMAND...: the command's success is the check; what it printed is the reason.
-# It runs in this shell, so that what it starts and sets stays.
-check() {
-    local name=$1
-    shift
-    if "$@" >/tmp/check-output 2>&1; then
-        ok "$name"
-    else
-        bad "$name" "$(tail -n 8 /tmp/check-output)"
-        return 1
-    fi
-}
-
-# must NAME COMMAND...: as check, and without it the rest makes no sense.
-must() {
-    check "$@" || finish
-}
-
-# refuse NAME COMMAND...: the command must fail, and by itself, not by a signal or a time limit of its own.
-refuse() {
+# fails NAME COMMAND...: it must fail, and by itself, not by a signal or a time limit of its own.
+fails() {
     local name=$1 status
     shift
     "$@" >/tmp/check-output 2>&1
@@ -54,19 +30,6 @@ refuse() {
     else
         bad "$name" "status $status: $(tail -n 5 /tmp/check-output)"
     fi
-}
-
-# wait_for WHAT COMMAND...: polls until the command succeeds.
-wait_for() {
-    local what=$1 deadline=$((SECONDS + PATIENCE_S))
-    shift
-    until "$@" >/dev/null 2>&1; do
-        if [ "$SECONDS" -ge "$deadline" ]; then
-            echo "$what did not happen within $PATIENCE_S s"
-            return 1
-        fi
-        sleep 0.1
-    done
 }
 
 # --- the daemon
@@ -90,10 +53,6 @@ daemon_stop() {
     kill -TERM "$pid" 2>/dev/null
     wait_for "the daemon's end" gone "$pid" || return 1
     wait "$pid"
-}
-
-gone() {
-    ! kill -0 "$1" 2>/dev/null || grep -q '^State:.Z' "/proc/$1/status"
 }
 
 # api METHOD PATH [FILE]: prints the body; succeeds on 2xx.
