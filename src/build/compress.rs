@@ -30,6 +30,11 @@ impl Packer {
         })
     }
 
+    /// Whether it never makes anything shorter.
+    pub(super) fn is_idle(&self) -> bool {
+        matches!(self, Packer::None)
+    }
+
     /// Writes the compressed form of `plain` into `packed`, from `at` on, and answers its length;
     /// `None` if it is not shorter than `plain`: then it is stored as it is.
     pub(super) fn pack(
@@ -58,7 +63,7 @@ impl Packer {
 }
 
 /// `size` bytes from `at` on, grown if need be; buffers are recycled, so growing is rare.
-fn room(buffer: &mut Vec<u8>, at: usize, size: usize) -> &mut [u8] {
+pub(super) fn room(buffer: &mut Vec<u8>, at: usize, size: usize) -> &mut [u8] {
     if buffer.len() < at + size {
         buffer.resize(at + size, 0);
     }

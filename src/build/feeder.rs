@@ -16,7 +16,7 @@ use std::io::{ErrorKind, Read};
 /// The data of one chunk in a job.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Piece {
-    /// Where it is in `Job::plain`; unused if the piece is a hole.
+    /// Where it is in `Job::bytes`, while it is there as it is; unused if the piece is a hole.
     pub(super) start: u32,
     pub(super) size: u32,
     /// A whole chunk of zeros that is nowhere in memory.
@@ -33,7 +33,7 @@ pub(super) struct Piece {
 pub(super) enum Packing {
     /// Nothing: there is a chunk with its digest, or there will be before its turn comes.
     Known,
-    /// Its packed form is in `Job::packed`.
+    /// Its packed form is in `Job::bytes`.
     Packed { start: u32, size: u32 },
     /// Its packed form is no shorter.
     Plain,
@@ -45,21 +45,31 @@ pub(super) struct Job {
     /// Its position among the jobs of the layer.
     pub(super) number: u32,
     pub(super) pieces: Vec<Piece>,
-    pub(super) plain: Vec<u8>,
-    pub(super) packed: Vec<u8>,
+    /// The data of its pieces: on the way to a worker as it is, behind it as it is stored.
+    pub(super) bytes: Vec<u8>,
+    /// How much of the buffer the feeder may fill.
+    capacity: usize,
 }
 
 impl Job {
     /// A job with room for `capacity` bytes.
     pub(super) fn new(capacity: usize) -> Self {
-        Job { number: 0, pieces: Vec::new(), plain: vec![0; capacity], packed: Vec::new() }
+        Job { number: 0, pieces: Vec::new(), bytes: vec![0; capacity], capacity }
     }
 
-    /// The bytes of a piece.
+    /// The bytes of a piece, as they are.
     pub(super) fn plain<'a>(&'a self, piece: &Piece, zeros: &'a [u8]) -> &'a [u8] {
         match piece.is_hole {
             true => &zeros[..piece.size as usize],
-            false => &self.plain[piece.start as usize..][..piece.size as usize],
+            false => &self.bytes[piece.start as usize..][..piece.size as usize],
+        }
+    }
+
+    /// What becomes of a piece in the blob. Behind the worker.
+    pub(super) fn stored<'a>(&'a self, piece: &Piece, zeros: &'a [u8]) -> &'a [u8] {
+        match piece.packing {
+            Packing::Packed { start, size } => &self.bytes[start as usize..][..size as usize],
+            Packing::Known | Packing::Plain => self.plain(piece, zeros),
         }
     }
 }
@@ -194,7 +204,7 @@ impl Feeder {
             self.source_offset = source_offset;
         }
         let job = self.job.as_mut().ok_or(Error::Shutdown)?;
-        Ok(&mut job.plain[self.filled..self.filled + self.open.1])
+        Ok(&mut job.bytes[self.filled..self.filled + self.open.1])
     }
 
     /// So many bytes have been put into the gap.
@@ -232,7 +242,7 @@ impl Feeder {
     /// Makes sure that the current job has room for a piece.
     fn reserve(&mut self, size: usize) -> Result<()> {
         let full = |job: &Job| {
-            job.plain.len() - self.filled < size || job.pieces.len() >= BUILD_JOB_PIECES_MAX
+            job.capacity - self.filled < size || job.pieces.len() >= BUILD_JOB_PIECES_MAX
         };
         if self.job.as_ref().is_some_and(full) {
             self.submit()?;

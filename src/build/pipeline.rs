@@ -3,12 +3,13 @@
 //! ```text
 //! feeder (the caller's thread) -> work -> workers -> done -> scribe -> free -> feeder
 //! ```
-//! A fixed number of jobs goes round, so memory is bounded and everybody waits for the slowest.
+//! A fixed number of jobs goes round, so memory is bounded and everybody waits for the slowest. A
+//! worker packs a job into a buffer of its own and keeps the job's for the next one.
 //! Workers take jobs as they come; the scribe puts them in order again. The first error ends all:
 //! channels break in both directions, and the scribe's error wins over the breakage it causes.
 
 use super::chunks::{Chunks, Claim, PieceOrder};
-use super::compress::Packer;
+use super::compress::{Packer, room};
 use super::feeder::{Feeder, Job, Packing};
 use super::options::Options;
 use super::scribe::Scribe;
@@ -27,10 +28,10 @@ pub(super) fn run(
     feed: impl FnOnce(&mut Feeder) -> Result<()>,
 ) -> Result<()> {
     let capacity = BUILD_JOB_BYTES.max(options.chunk_size as usize);
-    // Plain and packed bytes: each job has up to twice its capacity.
+    // A buffer for each job, and one for each worker, of which there are no more.
     let affordable = (BUILD_IN_FLIGHT_BYTES / (2 * capacity)).max(2);
-    // One for each worker, one being filled, one being written.
-    let job_count = affordable.min(options.threads + 2);
+    // One for each worker, and one being filled or written.
+    let job_count = affordable.min(options.threads + 1);
     let (give_back, free) = bounded(job_count);
     let (work, jobs) = bounded(job_count);
     let (done, results) = bounded(job_count + options.threads);
@@ -85,9 +86,10 @@ impl<'a> Bench<'a> {
     fn work(&self, jobs: Receiver<Job>, done: Sender<Result<Job>>) {
         let _alarm = Alarm(&done);
         let mut packer = Packer::new(self.options.compression);
+        let mut spare = Vec::new();
         for mut job in jobs {
             let worked = match &mut packer {
-                Ok(packer) => self.work_on(&mut job, packer),
+                Ok(packer) => self.work_on(&mut job, packer, &mut spare),
                 Err(error) => Err(error.clone()),
             };
             if done.send(worked.map(|()| job)).is_err() {
@@ -96,7 +98,7 @@ impl<'a> Bench<'a> {
         }
     }
 
-    fn work_on(&self, job: &mut Job, packer: &mut Packer) -> Result<()> {
+    fn work_on(&self, job: &mut Job, packer: &mut Packer, spare: &mut Vec<u8>) -> Result<()> {
         for at in 0..job.pieces.len() {
             let piece = job.pieces[at];
             job.pieces[at].digest = match piece.is_hole {
@@ -113,20 +115,34 @@ impl<'a> Bench<'a> {
             };
         }
         drop(chunks);
-        let mut packed = std::mem::take(&mut job.packed);
+        if !packer.is_idle() {
+            self.pack(job, packer, spare)?;
+            std::mem::swap(&mut job.bytes, spare);
+        }
+        Ok(())
+    }
+
+    /// Writes into `packed` what is to be stored of a job, one piece behind the other.
+    fn pack(&self, job: &mut Job, packer: &mut Packer, packed: &mut Vec<u8>) -> Result<()> {
+        // It becomes the job's buffer, which the feeder expects to be as large.
+        packed.resize(packed.len().max(job.bytes.len()), 0);
         let mut end = 0;
         for at in 0..job.pieces.len() {
-            let piece = job.pieces[at];
+            let mut piece = job.pieces[at];
             if piece.packing == Packing::Known {
                 continue;
             }
             let plain = job.plain(&piece, &self.zeros);
-            if let Some(size) = packer.pack(plain, &mut packed, end)? {
-                job.pieces[at].packing = Packing::Packed { start: end as u32, size: size as u32 };
+            if let Some(size) = packer.pack(plain, packed, end)? {
+                piece.packing = Packing::Packed { start: end as u32, size: size as u32 };
                 end += size;
+            } else if !piece.is_hole {
+                room(packed, end, plain.len()).copy_from_slice(plain);
+                piece.start = end as u32;
+                end += plain.len();
             }
+            job.pieces[at] = piece;
         }
-        job.packed = packed;
         Ok(())
     }
 }

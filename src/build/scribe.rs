@@ -129,10 +129,7 @@ impl<'a> Scribe<'a> {
         };
         let before = file.size;
         for piece in fresh {
-            file.write(match piece.packing {
-                Packing::Packed { start, size } => &job.packed[start as usize..][..size as usize],
-                _ => job.plain(piece, &bench.zeros),
-            })?;
+            file.write(job.stored(piece, &bench.zeros))?;
         }
         (self.progress)(Progress { read_bytes: 0, written_bytes: file.size - before });
         Ok(())
