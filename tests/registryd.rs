@@ -250,6 +250,22 @@ fn delays_last_as_long_as_ordered() {
 }
 
 #[test]
+fn answers_share_a_link() {
+    let registry = registry(&[]);
+    registry.fault(json!([{ "effect": { "link_bytes_per_second": 5 * SIZE } }]));
+    let started = Instant::now();
+    std::thread::scope(|scope| {
+        for _ in 0..3 {
+            let whole = || Client::connect(registry.address()).get(&path()).unwrap().body;
+            scope.spawn(move || assert_eq!(whole(), content()));
+        }
+    });
+    // A fifth of a second each, less the queue of 2 ms.
+    assert!(started.elapsed() >= Duration::from_millis(590), "{:?}", started.elapsed());
+    assert_heals(&registry);
+}
+
+#[test]
 fn redirects_lead_to_a_port_that_takes_no_credentials() {
     let (registry, _, answer) = under(json!({ "redirect": true }));
     let answer = answer.unwrap();

@@ -50,6 +50,9 @@ pub struct Effect {
     /// For the body of this answer alone, in pieces of up to 16 KiB.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bandwidth_bytes_per_second: Option<u64>,
+    /// The same for all answers together that are given it: they share one link.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub link_bytes_per_second: Option<u64>,
     /// The same in the smallest of pieces.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub slow_drip: Option<u64>,
@@ -185,6 +188,7 @@ impl Effect {
         self.latency_ms = later.latency_ms.or(self.latency_ms);
         self.bandwidth_bytes_per_second =
             later.bandwidth_bytes_per_second.or(self.bandwidth_bytes_per_second);
+        self.link_bytes_per_second = later.link_bytes_per_second.or(self.link_bytes_per_second);
         self.slow_drip = later.slow_drip.or(self.slow_drip);
         self.too_many = later.too_many.or(self.too_many);
         self.status = later.status.or(self.status);

@@ -15,6 +15,7 @@ mod auth;
 mod faults;
 mod image;
 mod journal;
+mod link;
 mod reply;
 mod routes;
 mod send;
@@ -105,6 +106,7 @@ pub(crate) struct Server {
     pub(crate) tree: tree::Tree,
     pub(crate) faults: faults::Faults,
     pub(crate) journal: journal::Journal,
+    pub(crate) link: link::Link,
     pub(crate) auth: auth::Auth,
     pub(crate) uploads: uploads::Uploads,
     pub(crate) tls: Option<Arc<rustls::ServerConfig>>,
@@ -155,6 +157,7 @@ fn run(options: Serve) -> io::Result<()> {
         tree,
         faults: faults::Faults::default(),
         journal: journal::Journal::default(),
+        link: link::Link::default(),
         auth: auth::Auth::new(&options)?,
         uploads: uploads::Uploads::default(),
         tls,

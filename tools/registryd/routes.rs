@@ -54,8 +54,9 @@ pub fn serve(stream: TcpStream, door: Door, server: &Server) {
             Err(error) => Reply::error(500, "IO", &error.to_string()),
         };
         reply.head_only |= request.method == "HEAD";
-        let journal = &server.journal;
-        let sender = Sender { journal, entry, effect: &effect, asked_at, buffer: &mut buffer };
+        let (journal, link) = (&server.journal, &server.link);
+        let effect = &effect;
+        let sender = Sender { journal, link, entry, effect, asked_at, buffer: &mut buffer };
         match sender.send(connection, &reply, keep_alive) {
             Ok(Some(alive)) => connection = alive,
             _ => return,

@@ -5,6 +5,7 @@
 
 use crate::faults::Effect;
 use crate::journal::{EntryId, Journal};
+use crate::link::Link;
 use crate::reply::Reply;
 use crate::wire::Connection;
 use std::time::{Duration, Instant};
@@ -18,6 +19,7 @@ const DRIPS_PER_SECOND: u64 = 50;
 /// A reply on its way.
 pub struct Sender<'a> {
     pub journal: &'a Journal,
+    pub link: &'a Link,
     pub entry: Option<EntryId>,
     pub effect: &'a Effect,
     /// When the request's head was complete.
@@ -129,6 +131,9 @@ impl Sender<'_> {
                 let stray = effect.stray_bytes.unwrap_or(0) as usize;
                 self.buffer.resize(self.buffer.len() + stray, b'?');
             }
+            if let Some(rate) = effect.link_bytes_per_second {
+                self.link.carry(self.buffer.len(), rate.max(1));
+            }
             self.journal.sent(self.entry, piece);
             connection.write_all(self.buffer)?;
             self.buffer.clear();
@@ -148,6 +153,7 @@ impl Sender<'_> {
         }
         match self.effect.bandwidth_bytes_per_second {
             Some(rate) => (Some(rate.max(1)), (rate / 100).clamp(1, PACED_PIECE_BYTES_MAX)),
+            None if self.effect.link_bytes_per_second.is_some() => (None, PACED_PIECE_BYTES_MAX),
             None => (None, PIECE_BYTES_MAX),
         }
     }

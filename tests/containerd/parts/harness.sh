@@ -15,6 +15,7 @@ TOP=$(cd "$HERE/../../.." && pwd)
 BUILT=${BUILT:-$TOP/target/release}
 SLUICE=$BUILT/sluice
 DEPLOY=$TOP/tools/deploy
+LOG_LEVEL=${LOG_LEVEL:-debug}
 FIXTURES=$TOP/tests/fixtures
 # Nothing here waits this long unless something is wrong.
 PATIENCE_S=60
@@ -37,7 +38,8 @@ mkdir -p "$HOME"
 # --- ours
 
 daemon_start() {
-    "$SLUICE" daemon --cache "$WORK/cache" --state-dir "$WORK/state" --apisock "$SOCKET" --log-level debug "$@" >>"$WORK/daemon.log" 2>&1 &
+    "$SLUICE" daemon --cache "$WORK/cache" --state-dir "$WORK/state" --apisock "$SOCKET" \
+        --log-level "$LOG_LEVEL" "$@" >>"$WORK/daemon.log" 2>&1 &
     daemon_pid=$!
     disown
     wait_for "the daemon's API" "$SLUICE" images --apisock "$SOCKET"
@@ -49,7 +51,7 @@ daemon_stop() {
 }
 
 snapshotter_start() {
-    "$SLUICE" snapshotter --root "$ROOT" --log-level debug "$@" >>"$WORK/snapshotter.log" 2>&1 &
+    "$SLUICE" snapshotter --root "$ROOT" --log-level "$LOG_LEVEL" "$@" >>"$WORK/snapshotter.log" 2>&1 &
     snapshotter_pid=$!
     disown
     wait_for "the snapshotter's socket" listens /run/sluice-snapshotter/nydus.sock

@@ -1,6 +1,7 @@
 """Pushes images to a registry over its API, with everything containerd looks at.
 Usage: image.py HOST:PORT REPO TAG plain [WORD]           busybox, and a layer on top that hides and replaces
        image.py HOST:PORT REPO TAG pause                  the same, sleeping: for a pod's sandbox
+       image.py HOST:PORT REPO TAG layers FILE...         layers as they are, each a tar.gz
        image.py HOST:PORT REPO TAG nydus FOLDER [BLOB...] blobs and the bootstrap of a folder
        image.py HOST:PORT REPO TAG boot FOLDER [BLOB...]  the same blobs, and a manifest with nothing but the bootstrap"""
 import gzip, io, os, sys, tarfile
@@ -49,6 +50,11 @@ def plain(word='hello'):
     return [repository.upload(gzip.compress(data, 1), LAYER) for data in tars], [digest(data) for data in tars]
 
 
+def layers_of(*paths):
+    packed = [read(path) for path in paths]
+    return [repository.upload(data, LAYER) for data in packed], [digest(gzip.decompress(data)) for data in packed]
+
+
 def nydus(folder, *others):
     paths = [os.path.join(folder, name) for name in sorted(os.listdir(folder)) if name != 'image.boot']
     blobs = [read(path) for path in [*paths, *others]]
@@ -61,7 +67,8 @@ def nydus(folder, *others):
     return (layers, diffs) if shape == 'nydus' else (layers[-1:], diffs[-1:])
 
 
-layers, diffs = (plain if shape in ('plain', 'pause') else nydus)(*arguments)
+makers = {'plain': plain, 'pause': plain, 'layers': layers_of}
+layers, diffs = makers.get(shape, nydus)(*arguments)
 command = ['/bin/sleep', '100000'] if shape == 'pause' else ['/bin/cat', '/etc/word']
 config = {'architecture': 'amd64', 'os': 'linux', 'config': {'Env': ['PATH=/bin'], 'Cmd': command},
           'rootfs': {'type': 'layers', 'diff_ids': diffs}}
