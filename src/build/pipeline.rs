@@ -30,8 +30,8 @@ pub(super) fn run(
     let capacity = BUILD_JOB_BYTES.max(options.chunk_size as usize);
     // A buffer for each job, and one for each worker, of which there are no more.
     let affordable = (BUILD_IN_FLIGHT_BYTES / (2 * capacity)).max(2);
-    // One for each worker, and one being filled or written.
-    let job_count = affordable.min(options.threads + 1);
+    // One for each worker, one being filled, one being written.
+    let job_count = affordable.min(options.threads + 2);
     let (give_back, free) = bounded(job_count);
     let (work, jobs) = bounded(job_count);
     let (done, results) = bounded(job_count + options.threads);
