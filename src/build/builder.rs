@@ -397,7 +397,7 @@ fn take_members(
     counts: &mut (u64, u64),
 ) -> Result<()> {
     let mut archive = Archive::new(tar);
-    while let Some(member) = archive.next()? {
+    while let Some(member) = archive.next_member()? {
         counts.0 += 1;
         counts.1 += take_member(tree, feeder, &mut archive, member)? as u64;
     }

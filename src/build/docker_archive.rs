@@ -81,7 +81,7 @@ impl Members {
     fn read(tar: impl Read) -> Result<Members> {
         let mut archive = Archive::new(tar);
         let mut members = Members::default();
-        while let Some(member) = archive.next()? {
+        while let Some(member) = archive.next_member()? {
             if members.files.len() + members.links.len() >= limits::ARCHIVE_MEMBERS_MAX {
                 return Err(unsupported!(
                     "more than {} members: is this a docker save archive?",

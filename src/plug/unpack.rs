@@ -53,7 +53,7 @@ pub fn unpack(directory: &Path, scrap: &Path, tar: impl Read) -> Result<Unpacked
         unpacked: Unpacked::default(),
     };
     let mut archive = Archive::new(tar);
-    while let Some(mut member) = archive.next()? {
+    while let Some(mut member) = archive.next_member()? {
         let shown = String::from_utf8_lossy(&member.path).into_owned();
         let path = normal_path(&member.path)
             .ok_or_else(|| Error::Malformed(format!("the layer's member {shown:?} leaves it")))?;

@@ -1,6 +1,6 @@
 //! The members of an archive, one after the other, as a stream.
 //!
-//! Owns the position in the stream; after `next` a caller may read the member's data through
+//! Owns the position in the stream; after `next_member` a caller may read the member's data through
 //! `Read` or `copy`, and what it leaves is skipped. Nothing is kept but one header and its
 //! extensions.
 //!
@@ -44,7 +44,7 @@ impl<R: Read> Archive<R> {
 
     /// The next member; `None` at the end. The stream is then used up to its own end, so that
     /// whoever checks its digest has seen all of it.
-    pub fn next(&mut self) -> Result<Option<Member>> {
+    pub fn next_member(&mut self) -> Result<Option<Member>> {
         let mut extension = Extension::default();
         for _ in 0..TAR_EXTENSIONS_MAX {
             let Some(header) = self.header()? else { return Ok(None) };

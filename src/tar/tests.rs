@@ -44,7 +44,7 @@ fn pax(records: &[(&str, &str)]) -> Vec<u8> {
 fn read(tar: &[u8]) -> Result<Vec<(Member, Vec<u8>)>> {
     let mut archive = Archive::new(tar);
     let mut members = Vec::new();
-    while let Some(member) = archive.next()? {
+    while let Some(member) = archive.next_member()? {
         let mut content = vec![0; member.size.min(1 << 24) as usize];
         if member.kind == Kind::File {
             archive.copy(&member, |offset, bytes| {

@@ -109,7 +109,7 @@ mod tests {
     }
 
     fn read(blocks: &[u8]) -> Member {
-        Archive::new(blocks).next().expect("parses").expect("a member")
+        Archive::new(blocks).next_member().expect("parses").expect("a member")
     }
 
     #[test]
