@@ -131,8 +131,9 @@ fn the_floor_fetches_what_a_daemon_fetches_and_no_more() {
         let count = |run: &Value| run["origin"][key].as_u64().expect("a counter");
         count(&ours).checked_sub(count(&floor)).expect("ours fetches what the floor does")
     };
-    // Dialling ahead, each connection asks for a byte, to learn where the blob is.
-    assert!(more("requests") <= 128 && more("bytes") == more("requests"), "{}", ours["origin"]);
+    // Dialling ahead, each connection asks for a byte, to learn where the blob is; a request is
+    // counted when it comes, its byte when it has gone.
+    assert!(more("requests") <= 128 && more("bytes") <= more("requests"), "{}", ours["origin"]);
     assert_eq!(floor["filled_bytes"], ours["filled_bytes"]);
 }
 

@@ -158,6 +158,7 @@ fn blob_head(ask: &Ask<'_>, range: &Range<u64>, size: u64) -> String {
 }
 
 fn send_range(stream: &TcpStream, link: &Link, file: &File, range: Range<u64>) -> io::Result<()> {
+    link.count(range.end - range.start);
     let mut offset = range.start as i64;
     while (offset as u64) < range.end {
         let piece = ((range.end - offset as u64) as usize).min(link.piece_bytes());
