@@ -21,7 +21,7 @@ static ALLOCATOR: Counting = Counting;
 
 /// Where the process that has its own mounts finds its folder.
 const HOME: &str = "SLUICE_TEST_HOME";
-const FILES_PER_ROUND: usize = 20;
+const FILES_PER_ROUND: usize = 10;
 /// Between one file and the next; no divisor of how many there are.
 const STRIDE: usize = 37;
 
@@ -74,7 +74,7 @@ fn cold_files_are_served_without_an_allocation() {
         std::fs::create_dir(folder).expect("a folder");
     }
     let socket = config.api_socket.clone().expect("set above");
-    let image = Built::new(140, 400_000, 7);
+    let image = Built::new(80, 1_500_000, 7);
     let registry = image.registry();
     let service = std::thread::spawn(move || sluice::daemon::run(&config));
     let starts = || socket.exists() || service.is_finished();
