@@ -322,9 +322,6 @@ impl Inner {
             }
             return;
         }
-        if let Some(waiter) = waiter {
-            let _ = waiter.send(size);
-        }
         let mut requests = self.requests();
         if let Some(open) = requests.objects.get_mut(&object) {
             open.current = Some(current);
@@ -335,6 +332,11 @@ impl Inner {
             // It may be on its way already.
             asked_twice.insert(id);
             self.send(&message(id, request.opcode, current, &request.payload));
+        }
+        drop(requests);
+        // Last: a read that the waiter asks for from here on must not be sent twice.
+        if let Some(waiter) = waiter {
+            let _ = waiter.send(size);
         }
     }
 
