@@ -144,8 +144,8 @@ fn under_load(name: &str, latency_ms: u32, options: &[&str], replace: impl Fn(&m
         at(1.0)
     );
     assert_eq!((errors.load(Ordering::Relaxed), wrong.load(Ordering::Relaxed)), (0, 0));
-    assert_eq!(daemon.count("reads_failed"), 0);
     let log = daemon.log();
+    assert_eq!(daemon.count("reads_failed"), 0, "{log}");
     assert!(!log.contains("panicked"), "{log}");
 }
 

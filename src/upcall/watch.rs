@@ -240,12 +240,13 @@ impl Watch {
     async fn serve(&self, job: &EventJob) -> Result<()> {
         let deadline_ns = job.taken_ns + self.crew.parts.fault_deadline_ns;
         loop {
+            // Read before the look: the image may be bound, as the last one, right behind it.
+            let is_restored = self.parts.bindings.is_restored();
             let error = match self.locate(job).await {
                 Ok((blob, range)) => return self.crew.serve(&blob, range).await,
                 Err(error) => error,
             };
-            let may_come =
-                matches!(error, Error::NotFound(_)) && !self.parts.bindings.is_restored();
+            let may_come = matches!(error, Error::NotFound(_)) && !is_restored;
             if !may_come || self.crew.core.now() >= deadline_ns || self.crew.gate.is_closed() {
                 return Err(error);
             }
