@@ -20,6 +20,7 @@ use sluice::daemon::http::{Progress, parse as parse_request};
 use sluice::error::{Error, Result};
 use sluice::image::layer::read_bootstrap;
 use sluice::image::manifest::{Document, Platform};
+use sluice::image::prefetch::listed_ranges;
 use sluice::image::toc::{BOOTSTRAP_NAME, TAIL_BYTES, Tail};
 use sluice::image::{
     BlobId, Bootstrap, ChunkIndex, ContextTable, Decoder, KernelView, Layout, Segmentation,
@@ -340,6 +341,9 @@ fn walk(bootstrap: &Bootstrap) -> Result<()> {
             }
         }
         let _ = tree.read_link(&inode);
+    }
+    for blob_index in 0..bootstrap.blobs().len() as u32 {
+        listed_ranges(bootstrap, blob_index)?;
     }
     Ok(())
 }

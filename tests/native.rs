@@ -17,6 +17,7 @@ use serde_json::json;
 use sluice::image::{Bootstrap, Segmentation};
 use support::built::Built;
 use support::daemon::{Daemon, Disk, forget_pages};
+use support::layouts::noise;
 use support::registry::{IMAGES, Registry};
 use support::tree::{assert_same_tree, files, source};
 use support::truth::folder;
@@ -124,6 +125,33 @@ fn prefetch_brings_the_image_without_a_reader_and_readers_go_first() {
     assert_same_tree(&unread);
     assert_eq!(registry.blob_reads().len(), 0, "it was here before anybody read it");
     assert_eq!(daemon.count("reads_failed"), 0);
+}
+
+#[test]
+fn prefetch_begins_with_what_the_image_lists() {
+    const SIZE: usize = 4 << 20;
+    let files =
+        ["a", "b", "c"].map(|name| (PathBuf::from(name), noise(SIZE, name.as_bytes()[0].into())));
+    let image = Built::with(files.to_vec(), &["--prefetch", "/c", "--prefetch", "/b"]);
+    let registry = image.registry();
+    let daemon = Daemon::start(&[]);
+    let url = format!("http://{}", registry.address());
+    let options = ["--registry", &url, "--repo", "built", "--prefetch"];
+    let place = image.mount_from(&daemon, "image", &options);
+    daemon.wait_until("all of it is here", |daemon| daemon.cached_bytes() >= 3 * SIZE as u64);
+    // Dialling ahead asks for one byte.
+    let mut reads = registry.blob_reads();
+    reads.retain(|read| read["bytes"].as_u64() > Some(1));
+    let first_bytes = reads.into_iter().map(|read| {
+        let range = read["range"].as_str().expect("a range").to_owned();
+        let start = range.strip_prefix("bytes=").and_then(|it| it.split_once('-')?.0.parse().ok());
+        start.unwrap_or_else(|| panic!("{range}"))
+    });
+    // Files lie in the blob by name, and several requests are under way at once.
+    let files: Vec<usize> = first_bytes.map(|start: usize| start / SIZE).collect();
+    let position = |file| files.iter().position(|&it| it == file).expect("it is fetched");
+    assert!(position(2) < position(1) && position(1) < position(0), "{files:?}");
+    image.assert_same(&place);
 }
 
 /// An image's only blob, and how many bytes its segments have.

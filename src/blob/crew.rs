@@ -14,6 +14,7 @@ use super::journal::{Journal, Level};
 use super::latency::{Cause, Step};
 use super::map::ChunkState;
 use super::open::OpenBlob;
+use super::prefetch::Wish;
 use super::statistics::{CoreCounters, CoreStatistics, SnapshotRequest, Stage};
 use super::workbench::Workbench;
 use crate::config::{
@@ -93,7 +94,7 @@ pub struct Crew {
     /// Flights nobody waits for yet.
     pub ahead: Queue<FlightId>,
     /// Blobs to prefetch.
-    pub(super) prefetch: Queue<Arc<OpenBlob>>,
+    pub(super) prefetch: Queue<Wish>,
     /// Backends to dial ahead.
     pub dials: Queue<(Arc<Route>, Option<BlobId>)>,
     /// Bodies arriving at once.

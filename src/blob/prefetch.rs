@@ -1,10 +1,12 @@
 //! Prefetch: whole blobs in the background, for images that ask for it.
 //!
-//! One task per core walks one blob at a time in address order, keeps a few runs in the read-ahead
-//! queue and no more, pauses while readers wait on this core, keeps to the image's bandwidth, and
-//! has no more in flight than the route's readers leave it (`registry/pace.rs`).
+//! What the image's builder listed comes first, of all blobs that wait, then the rest of each. One
+//! task per core walks one blob at a time in that order, keeps a few runs in the read-ahead queue
+//! and no more, pauses while readers wait on this core, keeps to the image's bandwidth, and has no
+//! more in flight than the route's readers leave it (`registry/pace.rs`).
 //! It goes through the same claims as everybody, so nothing is fetched twice.
 
+use std::ops::Range;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -12,21 +14,41 @@ use std::sync::atomic::Ordering;
 use super::crew::Crew;
 use super::journal::Level;
 use super::latency::Cause;
+use super::load::read_bootstrap;
 use super::open::OpenBlob;
 use super::statistics::Counter;
 use crate::config::{
     GET_MAX_BYTES, MILLISECOND_NS, PREFETCH_AHEAD, PREFETCH_BUDGET_MIN_BYTES, RECORDING_LOOK_NS,
     SECOND_NS,
 };
+use crate::error::Result;
+use crate::image::layout::Layout;
+use crate::image::prefetch::listed_ranges;
 
 /// How long prefetch waits before it looks again whether it may go on.
 const PAUSE_NS: u64 = 5 * MILLISECOND_NS;
 
+/// A blob that waits to be prefetched.
+pub(super) struct Wish {
+    blob: Arc<OpenBlob>,
+    part: Part,
+}
+
+/// What of a blob is prefetched next.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Part {
+    /// What the image lists.
+    Listed,
+    /// Everything that is absent.
+    Whole,
+}
+
 impl Crew {
     /// Has a blob fetched when those before it have been.
     pub fn prefetch_later(&self, blob: Arc<OpenBlob>) {
-        if let Err(blob) = self.prefetch.push(&self.core, blob) {
-            let text = || format!("{}: too many prefetches wait; skipped", blob.name());
+        let wish = Wish { blob, part: Part::Listed };
+        if let Err(wish) = self.prefetch.push(&self.core, wish) {
+            let text = || format!("{}: too many prefetches wait; skipped", wish.blob.name());
             self.parts.journal.write(Level::Warn, text);
         }
     }
@@ -34,8 +56,15 @@ impl Crew {
     /// Takes blobs from the prefetch queue, for ever.
     pub(super) async fn prefetch_all(self: &Rc<Self>) {
         loop {
-            let blob = self.prefetch.pop(&self.core, |_| true).await;
-            self.prefetch_blob(&blob).await;
+            let mut next = Some(self.prefetch.pop(&self.core, |_| true).await);
+            while let Some(Wish { blob, part }) = next.take() {
+                let is_done = self.prefetch_part(&blob, part).await;
+                if part == Part::Listed && !is_done {
+                    let rest = Wish { blob, part: Part::Whole };
+                    // The lists of the blobs behind it go first, if there is room to wait.
+                    next = self.prefetch.push(&self.core, rest).err();
+                }
+            }
         }
     }
 
@@ -52,19 +81,49 @@ impl Crew {
         }
     }
 
-    async fn prefetch_blob(self: &Rc<Self>, blob: &Arc<OpenBlob>) {
-        let deadline_ns = || self.core.now() + self.parts.fault_deadline_ns;
-        let layout = match self.layout(blob, &(0..0), deadline_ns()).await {
+    /// Says whether there is nothing more to be done for the blob.
+    async fn prefetch_part(self: &Rc<Self>, blob: &Arc<OpenBlob>, part: Part) -> bool {
+        let deadline_ns = self.core.now() + self.parts.fault_deadline_ns;
+        let layout = match self.layout(blob, &(0..0), deadline_ns).await {
             Ok(layout) => layout,
             Err(error) => {
                 self.parts.journal.error(format!("prefetch: {error}"));
-                return;
+                return true;
             }
         };
+        let ranges = match part {
+            Part::Whole => std::iter::once(0..layout.uncompressed_size()).collect(),
+            Part::Listed => self.listed(blob).await.unwrap_or_else(|error| {
+                let text = || format!("{}: its prefetch list: {error}", blob.name());
+                self.parts.journal.write(Level::Warn, text);
+                Vec::new()
+            }),
+        };
+        for range in ranges {
+            if self.prefetch_range(blob, &layout, range).await {
+                return true;
+            }
+        }
+        false
+    }
+
+    /// What the image lists of the blob.
+    async fn listed(&self, blob: &OpenBlob) -> Result<Vec<Range<u64>>> {
+        let (image, blob_index) = (Arc::clone(&blob.image), blob.blob_index);
+        self.core.offload(move || listed_ranges(&read_bootstrap(&image)?, blob_index)).await
+    }
+
+    /// Says whether prefetch of the blob is over.
+    async fn prefetch_range(
+        self: &Rc<Self>,
+        blob: &Arc<OpenBlob>,
+        layout: &Arc<Layout>,
+        range: Range<u64>,
+    ) -> bool {
         let step = blob.image.prefetch.merging_size_bytes.clamp(1, GET_MAX_BYTES);
         let rate = blob.image.prefetch.bandwidth_bytes_per_second;
-        let mut at = 0;
-        while at < layout.uncompressed_size() {
+        let mut at = range.start;
+        while at < range.end {
             let allowed = self.allowance(blob).await;
             if self.parts.catalog.recorder.is_active() {
                 // What prefetch brings, nobody is seen to need.
@@ -73,17 +132,19 @@ impl Crew {
                     continue;
                 }
             }
-            let step = step.min(allowed);
+            let step = step.min(allowed).min(range.end - at);
             if blob.is_closed.load(Ordering::Relaxed) || self.gate.is_closed() {
-                return;
+                return true;
             }
             if blob.cache.is_short_of_room() {
                 // What somebody reads is worth more than what nobody has asked for.
                 let text = || format!("{}: prefetch ends, the quota is reached", blob.name());
-                return self.parts.journal.write(Level::Info, text);
+                self.parts.journal.write(Level::Info, text);
+                return true;
             }
             let chunks = layout.chunks_in(at..at + step);
-            let launched = self.launch(blob, &layout, chunks, Cause::Prefetch, deadline_ns());
+            let deadline_ns = self.core.now() + self.parts.fault_deadline_ns;
+            let launched = self.launch(blob, layout, chunks, Cause::Prefetch, deadline_ns);
             if launched.is_ok() {
                 self.parts.counters.count(Counter::PrefetchRequests);
                 at += step;
@@ -93,5 +154,6 @@ impl Crew {
                 let _ = self.core.sleep(pause_ns.max(PAUSE_NS)).await;
             }
         }
+        false
     }
 }

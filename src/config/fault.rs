@@ -60,6 +60,8 @@ pub const LAYOUT_LOOK_NS: u64 = MILLISECOND_NS;
 pub const PREFETCH_QUEUE: usize = 256;
 /// Runs of prefetch waiting for a fetcher.
 pub const PREFETCH_AHEAD: usize = 4;
+/// Bytes that are not listed for prefetch, between two ranges that are, fetched with them.
+pub const PREFETCH_GAP_BYTES: u64 = 64 * KIB as u64;
 /// Compressed bytes that prefetch may have in flight on a route nobody else uses.
 pub const PREFETCH_BUDGET_MAX_BYTES: u64 = 8 * MIB as u64;
 /// What it may have in flight however long readers wait: a chunk or two.

@@ -34,6 +34,7 @@ pub mod layer;
 pub mod layout;
 pub mod manifest;
 pub mod miniature;
+pub mod prefetch;
 pub mod record_writer;
 pub mod segmentation;
 pub mod superblock;

@@ -28,6 +28,11 @@ impl Built {
 
     /// These files, executable.
     pub fn of(files: Vec<(PathBuf, Vec<u8>)>) -> Built {
+        Built::with(files, &[])
+    }
+
+    /// The same with further options of the command.
+    pub fn with(files: Vec<(PathBuf, Vec<u8>)>, options: &[&str]) -> Built {
         let home = TempDir::new_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder under target");
         let tree = home.path().join("tree");
         std::fs::create_dir(&tree).expect("a folder");
@@ -38,7 +43,8 @@ impl Built {
         }
         let mut build = Command::new(env!("CARGO_BIN_EXE_sluice"));
         build.arg("build").arg(&tree).arg("-o").arg(home.path().join("image"));
-        build.args(["--compressor", "none", "--chunk-size", "64K"]).stdout(Stdio::null());
+        build.args(["--compressor", "none", "--chunk-size", "64K"]).args(options);
+        build.stdout(Stdio::null());
         assert!(build.status().expect("the program is built").success());
         std::fs::remove_dir_all(tree).expect("ours");
         Built { home, files }

@@ -1,0 +1,165 @@
+//! What an image's builder wants fetched first: the files of its prefetch table, and all that is
+//! below the directories in it, as ranges of one blob.
+
+use std::collections::HashSet;
+use std::ops::Range;
+
+use super::bootstrap::Bootstrap;
+use super::erofs::Tree;
+use super::files::ENTRY_BYTES;
+use super::inode::{DataLayout, FileKind, Inode};
+use crate::config::PREFETCH_GAP_BYTES;
+use crate::error::Result;
+
+/// Ranges of a blob's address space in the order of the table. What follows closely behind the one
+/// before is joined to it, with what is between. Empty if nothing is listed.
+///
+/// # Errors
+/// `Malformed` for a table, an inode or a directory that is; no input takes longer than the
+/// bootstrap is large.
+pub fn listed_ranges(bootstrap: &Bootstrap, blob_index: u32) -> Result<Vec<Range<u64>>> {
+    let mut listing = Listing {
+        tree: bootstrap.tree(),
+        blob_index,
+        ranges: Vec::new(),
+        seen: HashSet::new(),
+        budget_bytes: bootstrap.size_bytes(),
+    };
+    for nid in bootstrap.prefetch_nids() {
+        listing.add(nid)?;
+    }
+    Ok(listing.ranges)
+}
+
+struct Listing<'a> {
+    tree: Tree<'a>,
+    blob_index: u32,
+    ranges: Vec<Range<u64>>,
+    /// Inodes that have been added: one that is listed twice, or has two names, counts once.
+    seen: HashSet<u64>,
+    /// Bytes that directories and tables of chunks may still have, all together.
+    budget_bytes: u64,
+}
+
+impl Listing<'_> {
+    /// Adds an inode and all below it, names ascending.
+    fn add(&mut self, nid: u64) -> Result<()> {
+        let mut waiting = vec![nid];
+        while let Some(nid) = waiting.pop() {
+            if !self.seen.insert(nid) {
+                continue;
+            }
+            let inode = self.tree.inode(nid)?;
+            match inode.kind {
+                FileKind::Directory => {
+                    self.spend(inode.size)?;
+                    let entries = self.tree.read_dir(&inode)?;
+                    waiting.extend(entries.iter().rev().map(|entry| entry.nid));
+                }
+                FileKind::File if inode.layout == DataLayout::Chunked => self.add_file(&inode)?,
+                // It has no data, or has it in the bootstrap.
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn add_file(&mut self, file: &Inode) -> Result<()> {
+        let chunks = self.tree.file_chunks(file)?;
+        self.spend((chunks.len() * ENTRY_BYTES) as u64)?;
+        for chunk in chunks {
+            let chunk = chunk?;
+            if chunk.blob_index != self.blob_index {
+                continue;
+            }
+            let start = chunk.uncompressed_offset;
+            let end = start + u64::from(chunk.size);
+            match self.ranges.last_mut() {
+                Some(last) if (last.end..=last.end + PREFETCH_GAP_BYTES).contains(&start) => {
+                    last.end = end;
+                }
+                _ => self.ranges.push(start..end),
+            }
+        }
+        Ok(())
+    }
+
+    fn spend(&mut self, bytes: u64) -> Result<()> {
+        let left = self.budget_bytes.checked_sub(bytes);
+        self.budget_bytes =
+            left.ok_or_else(|| malformed!("what is listed for prefetch overlaps itself"))?;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::draft_tests::put;
+    use super::super::specimen_tests::Specimen;
+    use super::super::superblock::BLOCK_BYTES;
+    use super::*;
+
+    /// Where the superblock says where the table is, and how long.
+    const TABLE: usize = 1152 + 40;
+
+    /// The fixture with another prefetch table.
+    fn listing(nids: &[u64]) -> Bootstrap {
+        let mut bytes = Specimen::fixture("zstd-64k").bootstrap.bytes().to_vec();
+        let at = bytes.len();
+        bytes.extend(nids.iter().flat_map(|&nid| (nid as u32).to_le_bytes()));
+        bytes.resize(bytes.len().next_multiple_of(BLOCK_BYTES), 0);
+        put(&mut bytes, TABLE, &(at as u64).to_le_bytes());
+        put(&mut bytes, TABLE + 8, &(nids.len() as u32 * 4).to_le_bytes());
+        Bootstrap::parse(bytes).expect("a good bootstrap")
+    }
+
+    /// Numbers of the fixture's regular files with data, and of its root.
+    fn files() -> (Vec<Inode>, u64) {
+        let image = Specimen::fixture("zstd-64k").bootstrap;
+        let inodes = image.tree().walk().map(|visit| visit.expect("a good tree").inode);
+        let has_data = |it: &Inode| it.kind == FileKind::File && it.size > 0;
+        (inodes.filter(has_data).collect(), image.superblock().root_nid)
+    }
+
+    fn starts(bootstrap: &Bootstrap, file: &Inode) -> Vec<u64> {
+        let chunks = bootstrap.tree().file_chunks(file).expect("it has chunks");
+        chunks.map(|chunk| chunk.expect("a good one").uncompressed_offset).collect()
+    }
+
+    #[test]
+    fn a_directory_stands_for_all_below_it() {
+        let (files, root) = files();
+        let image = listing(&[root]);
+        let ranges = listed_ranges(&image, 0).expect("a good list");
+        let is_in = |at: &u64| ranges.iter().any(|range| range.contains(at));
+        for file in files {
+            assert!(starts(&image, &file).iter().all(is_in), "inode {}", file.nid);
+        }
+        assert_eq!(listed_ranges(&image, 1), Ok(vec![]), "there is no such blob");
+        assert_eq!(listed_ranges(&listing(&[]), 0), Ok(vec![]));
+    }
+
+    #[test]
+    fn files_come_in_the_order_of_the_table_and_once() {
+        let (files, _) = files();
+        let far = |it: &&Inode| {
+            let image = listing(&[]);
+            starts(&image, it)[0].abs_diff(starts(&image, &files[0])[0]) > 2 * PREFETCH_GAP_BYTES
+        };
+        let (one, two) = (&files[0], files.iter().find(far).expect("the blob is long"));
+        let image = listing(&[two.nid, one.nid, two.nid]);
+        let ranges = listed_ranges(&image, 0).expect("a good list");
+        assert_eq!(ranges.len(), 2);
+        let [first, second] = [two, one].map(|file| starts(&image, file)[0]);
+        assert_eq!((ranges[0].start, ranges[1].start), (first, second));
+    }
+
+    #[test]
+    fn a_table_of_nonsense_is_an_error() {
+        let outside = listed_ranges(&listing(&[u32::MAX.into()]), 0);
+        assert!(outside.is_err(), "{outside:?}");
+        // Every 32 bytes may look like an inode; whatever does ends with the bytes there are.
+        let every: Vec<u64> = (1..20_000).collect();
+        assert!(listed_ranges(&listing(&every), 0).is_err());
+    }
+}
