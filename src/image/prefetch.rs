@@ -113,7 +113,7 @@ mod tests {
         Bootstrap::parse(bytes).expect("a good bootstrap")
     }
 
-    /// Numbers of the fixture's regular files with data, and of its root.
+    /// The fixture's regular files with data, and the number of its root.
     fn files() -> (Vec<Inode>, u64) {
         let image = Specimen::fixture("zstd-64k").bootstrap;
         let inodes = image.tree().walk().map(|visit| visit.expect("a good tree").inode);
@@ -158,8 +158,27 @@ mod tests {
     fn a_table_of_nonsense_is_an_error() {
         let outside = listed_ranges(&listing(&[u32::MAX.into()]), 0);
         assert!(outside.is_err(), "{outside:?}");
-        // Every 32 bytes may look like an inode; whatever does ends with the bytes there are.
+        // Every 32 bytes may look like an inode.
         let every: Vec<u64> = (1..20_000).collect();
         assert!(listed_ranges(&listing(&every), 0).is_err());
+    }
+
+    #[test]
+    fn what_is_listed_ends_with_the_bytes_there_are() {
+        let (files, root) = files();
+        let image = listing(&[root]);
+        let listed_within = |budget_bytes, nid| {
+            let (tree, ranges, seen) = (image.tree(), Vec::new(), HashSet::new());
+            let mut listing = Listing { tree, blob_index: 0, ranges, seen, budget_bytes };
+            listing.add(nid).map_err(|error| error.to_string())
+        };
+        let file = files.iter().max_by_key(|file| file.size).expect("there are files");
+        let entries_bytes = (starts(&image, file).len() * ENTRY_BYTES) as u64;
+        let root_bytes = image.tree().root().expect("a directory").size;
+        assert_eq!(listed_within(entries_bytes, file.nid), Ok(()));
+        for refused in [listed_within(entries_bytes - 1, file.nid), listed_within(root_bytes, root)]
+        {
+            assert!(refused.is_err_and(|error| error.contains("overlaps itself")));
+        }
     }
 }
