@@ -45,6 +45,7 @@ fn config(home: &Path) -> Config {
         upgrade: false,
         blobs_file: None,
         // No second process: it would be a copy of this one.
+        learns_starts: true,
         keep_s: 0,
     }
 }

@@ -80,6 +80,41 @@ fn bootstrap_is_filled_whole_by_its_first_read() {
 }
 
 #[test]
+fn second_start_finds_what_the_first_needed() {
+    let registry = Registry::with_images(&[]);
+    let (cache, truth, options) = (cache(), Truth::of("zstd-64k"), Options::default());
+    let needed: Vec<_> = truth.chunks().step_by(9).map(|chunk| truth.range(chunk)).collect();
+    let image =
+        |node: &Node| node.catalog.image(&truth.domain, &truth.domain).expect("it is there");
+    let node = Node::start(cache.path(), &options);
+    node.register(&truth, registry.address(), &options);
+    let object = node.open(&truth);
+    for range in &needed {
+        node.kernel.read(&object, range.clone()).expect("its bytes");
+    }
+    let known = image(&node).touches.end(0, true).expect("it was read");
+    assert_eq!(image(&node).touches.end(0, true), None);
+    drop(node);
+
+    let empty = self::cache();
+    let node = Node::start(empty.path(), &options);
+    node.register(&truth, registry.address(), &options);
+    image(&node).touches.recall(known);
+    let object = node.open(&truth);
+    // With what is between them.
+    let ranges = image(&node).touches.known_ranges(0).into_iter();
+    let expected: u32 = ranges.map(|range| truth.layout.chunks_in(range).len() as u32).sum();
+    let is_there = || node.count(Counter::ChunksFilled) == u64::from(expected);
+    assert!(comes_true(is_there), "{:?}", node.lines());
+    registry.forget();
+    for range in &needed {
+        let bytes = node.kernel.read(&object, range.clone()).expect("its bytes");
+        assert!(bytes == truth.bytes[range.start as usize..range.end as usize]);
+    }
+    assert_eq!(registry.blob_reads().len(), 0);
+}
+
+#[test]
 fn every_fault_gives_right_bytes_or_eio_and_heals() {
     let faults = [
         json!({"latency_ms": 50}),

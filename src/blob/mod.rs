@@ -24,6 +24,7 @@ pub mod registration;
 pub mod schedule;
 mod serve;
 pub mod statistics;
+pub mod touches;
 pub mod workbench;
 
 #[cfg(test)]

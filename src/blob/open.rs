@@ -34,6 +34,7 @@ pub struct OpenBlob {
 impl OpenBlob {
     /// A blob whose layout has yet to be loaded.
     pub fn new(image: Arc<Image>, blob_index: u32, route: Arc<Route>, cache: Cache) -> Self {
+        image.touches.prepare();
         OpenBlob {
             image,
             blob_index,

@@ -1,6 +1,8 @@
-//! Prefetch: whole blobs in the background, for images that ask for it.
+//! Prefetch: what an image's starts are known to need, for every image, and whole blobs for images
+//! that ask for it.
 //!
-//! What the image's builder listed comes first, of all blobs that wait, then the rest of each. One
+//! What earlier starts on this node needed comes first, of all blobs that wait, then what the
+//! image's builder listed, of all of them, then the rest of each. One
 //! task per core walks one blob at a time in that order, keeps a few runs in the read-ahead queue
 //! and no more, pauses while readers wait on this core, keeps to the image's bandwidth, and has no
 //! more in flight than the route's readers leave it (`registry/pace.rs`).
@@ -37,16 +39,29 @@ pub(super) struct Wish {
 /// What of a blob is prefetched next.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Part {
+    /// What earlier starts needed.
+    Touched,
     /// What the image lists.
     Listed,
     /// Everything that is absent.
     Whole,
 }
 
+impl Part {
+    /// What comes after it.
+    fn next(self, blob: &OpenBlob) -> Option<Part> {
+        match self {
+            Part::Touched if blob.image.prefetch.enable => Some(Part::Listed),
+            Part::Listed => Some(Part::Whole),
+            Part::Touched | Part::Whole => None,
+        }
+    }
+}
+
 impl Crew {
     /// Has a blob fetched when those before it have been.
     pub fn prefetch_later(&self, blob: Arc<OpenBlob>) {
-        let wish = Wish { blob, part: Part::Listed };
+        let wish = Wish { blob, part: Part::Touched };
         if let Err(wish) = self.prefetch.push(&self.core, wish) {
             let text = || format!("{}: too many prefetches wait; skipped", wish.blob.name());
             self.parts.journal.write(Level::Warn, text);
@@ -59,9 +74,9 @@ impl Crew {
             let mut next = Some(self.prefetch.pop(&self.core, |_| true).await);
             while let Some(Wish { blob, part }) = next.take() {
                 let is_done = self.prefetch_part(&blob, part).await;
-                if part == Part::Listed && !is_done {
-                    let rest = Wish { blob, part: Part::Whole };
-                    // The lists of the blobs behind it go first, if there is room to wait.
+                if !is_done && let Some(part) = part.next(&blob) {
+                    let rest = Wish { blob, part };
+                    // This part of the blobs behind it goes first, if there is room to wait.
                     next = self.prefetch.push(&self.core, rest).err();
                 }
             }
@@ -92,6 +107,7 @@ impl Crew {
             }
         };
         let ranges = match part {
+            Part::Touched => blob.image.touches.known_ranges(blob.blob_index),
             Part::Whole => std::iter::once(0..layout.uncompressed_size()).collect(),
             Part::Listed => self.listed(blob).await.unwrap_or_else(|error| {
                 let text = || format!("{}: its prefetch list: {error}", blob.name());

@@ -11,6 +11,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use super::inlined;
+use super::touches::Touches;
 use crate::config::{CATALOG_BOOTSTRAP_MAX_BYTES, CATALOG_DOMAIN_MAX_BYTES, CATALOG_ID_MAX_BYTES};
 use crate::error::{Error, Result};
 use crate::image::blob_table::BlobRecord;
@@ -80,7 +81,7 @@ pub struct ImageBlob {
     pub chunks: Digest,
 }
 
-/// One registered image. Immutable, and small: no chunk is held here.
+/// One registered image. Small: no chunk is held here. Immutable but for its touches.
 #[derive(Debug)]
 pub struct Image {
     /// The volume, never empty.
@@ -103,6 +104,8 @@ pub struct Image {
     pub prefetch: PrefetchConfig,
     /// The data blobs; position = blob index in the bootstrap.
     pub blobs: Vec<ImageBlob>,
+    /// What its readers need first.
+    pub touches: Touches,
 }
 
 impl Image {
@@ -163,6 +166,7 @@ impl Image {
             work_dir,
             prefetch: spec.prefetch,
             blobs,
+            touches: Touches::default(),
         };
         Ok((image, bootstrap))
     }

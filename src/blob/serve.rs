@@ -24,8 +24,9 @@ impl Crew {
         let layout = self.layout(blob, &range, deadline_ns).await?;
         let wanted = layout.chunks_in(range.clone());
         let recorder = &self.parts.catalog.recorder;
-        let is_recorded = recorder.note(blob.id(), &range, self.core.now());
         let began_ns = self.core.now();
+        let is_recorded = recorder.note(blob.id(), &range, began_ns);
+        blob.image.touches.note(blob.blob_index, &range, began_ns);
         self.check_presence(blob, &layout, &range, &wanted);
         let outcome = self.launch(blob, &layout, wanted.clone(), Cause::Demand, deadline_ns);
         self.record_step(blob, Cause::Demand, Step::Claim, began_ns);
@@ -34,8 +35,9 @@ impl Crew {
             _ => 0..0,
         };
         if !ahead.is_empty() && outcome.is_ok() {
-            let chunks = layout.chunks_in(ahead);
+            let chunks = layout.chunks_in(ahead.clone());
             let chunks = chunks.start.max(wanted.end)..chunks.end;
+            blob.image.touches.note(blob.blob_index, &ahead, began_ns);
             // No place for it is no harm: the reader will ask.
             let _ = self.launch(blob, &layout, chunks, Cause::ReadAhead, deadline_ns);
         }

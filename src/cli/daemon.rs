@@ -68,6 +68,9 @@ pub struct Options {
     #[arg(long, value_name = "SECONDS", default_value_t = config::KEEP_DEFAULT_S,
           value_parser = clap::value_parser!(u64).range(..=config::KEEP_MAX_S))]
     keep: u64,
+    /// Remember what images need at their starts, and fetch that first at the next ones.
+    #[arg(long, value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set)]
+    learn_starts: bool,
     /// What the supervisor calls this daemon.
     #[arg(long, value_name = "ID", requires = "supervisor")]
     id: Option<String>,
@@ -196,6 +199,7 @@ fn configure(options: &Options, allowed: &[usize]) -> Result<Config> {
         supervisor: options.supervisor.clone(),
         upgrade: options.upgrade,
         blobs_file: None,
+        learns_starts: options.learn_starts,
         keep_s: options.keep,
     })
 }

@@ -33,6 +33,7 @@ mod source;
 mod stat;
 mod structure;
 mod system;
+mod trace;
 mod umount;
 mod unpack;
 mod verify;
@@ -101,6 +102,8 @@ enum Command {
     Stat(stat::Options),
     /// Make an image lazily loadable, from any place to any other.
     Convert(convert::Options),
+    /// Show what a mounted image needed at its starts, for `sluice optimize`.
+    Trace(trace::Options),
     /// Put what a recorded start needs in front of an image.
     Optimize(optimize::Options),
     /// Show what differs between two images.
@@ -170,6 +173,7 @@ fn dispatch(command: Command) -> Result<Verdict> {
         Command::Gc(options) => gc::run(&options, &mut out),
         Command::Stat(options) => stat::run(&options, &mut out),
         Command::Convert(options) => convert::run(&options, &mut out),
+        Command::Trace(options) => trace::run(&options, &mut out),
         Command::Optimize(options) => optimize::run(&options, &mut out),
         Command::Diff(options) => diff::run(&options, &mut out),
         Command::Inspect(options) => inspect::run(&options, &mut out),

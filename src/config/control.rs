@@ -30,6 +30,22 @@ pub const RECORDINGS_MAX: usize = 16;
 /// How long prefetch rests before it looks whether somebody still records.
 pub const RECORDING_LOOK_NS: u64 = SECOND_NS;
 
+// What images need at their starts: 8 KiB for each that was opened, in memory and on disk about
+// 60 bytes for each touch.
+
+/// Touches of one start: python3 needs 110, a JVM 400.
+pub const START_TOUCHES_MAX: usize = KIB;
+/// Bytes of them, and what is prefetched for the next start.
+pub const START_TOUCHED_MAX_BYTES: u64 = 128 * MIB as u64;
+/// A start is over so long after its first touch.
+pub const START_WINDOW_NS: u64 = 30 * SECOND_NS;
+/// How often is looked for starts that are over.
+pub const START_LOOK_MS: u64 = 5_000;
+/// Images whose starts are kept on disk; the oldest go first.
+pub const STARTS_KEPT_MAX: usize = 4 * KIB;
+/// The file of one: with all its touches.
+pub const START_FILE_MAX_BYTES: u64 = 128 * START_TOUCHES_MAX as u64;
+
 // Statistics and journal: histograms of 2,816 counts x 8 bytes = 22 KiB; per core 5 of stages and
 // 2 doors x 3 causes x 11 steps = 1.5 MiB, touched only where something was measured.
 

@@ -117,6 +117,8 @@ pub struct Config {
     pub upgrade: bool,
     /// nydusd's `--config`: a file with a list of blobs to register at start.
     pub blobs_file: Option<PathBuf>,
+    /// Whether an image's start is noted, and helped at the next.
+    pub learns_starts: bool,
     /// What outlives the daemon waits so long for a successor; 0: nothing outlives it.
     pub keep_s: u64,
 }

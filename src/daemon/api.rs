@@ -140,6 +140,13 @@ pub enum Call {
     Starts(Starts),
     /// All images.
     Images,
+    /// What the starts of an image needed.
+    Touches {
+        /// The domain.
+        domain_id: String,
+        /// The image.
+        id: String,
+    },
     /// Bytes by blob, and who uses them.
     Cache,
     /// Give back what nobody uses.
@@ -178,6 +185,7 @@ impl Call {
                 | Mount { .. }
                 | Unmount { .. }
                 | Images
+                | Touches { .. }
                 | Cache
                 | CollectGarbage
         )
@@ -227,6 +235,10 @@ pub fn route(request: &Request) -> Result<Call, Response> {
         "/api/sluice/v1/stat" => request.get(|| Ok(Call::Stat)),
         "/api/sluice/v1/cache" => request.get(|| Ok(Call::Cache)),
         "/api/sluice/v1/gc" => request.act(Call::CollectGarbage),
+        "/api/sluice/v1/touches" => request.get(|| {
+            let id = target.value("id").ok_or_else(|| reply::missing_query("id"))?;
+            Ok(Call::Touches { domain_id: target.value("domain_id").unwrap_or(id.clone()), id })
+        }),
         "/api/sluice/v1/images" => request.get(|| Ok(Call::Images)),
         _ => Err(reply::no_route()),
     }

@@ -18,6 +18,7 @@ use super::mount_wish::MountWish;
 use super::mounts::{Mounted, Mounts, Place};
 use super::recording::Recordings;
 use super::reply::{self, Identity, Response};
+use super::starts::Starts;
 use super::state::{Event, StateMachine};
 use super::statistics::Statistics;
 use super::succession::{self, Restored};
@@ -94,6 +95,8 @@ pub struct ControlPlane {
     pub restored: Restored,
     /// Mounts whose first touches are recorded.
     pub recordings: Recordings,
+    /// What images needed at their starts; none if nothing is learned.
+    pub starts: Option<Starts>,
 }
 
 impl Hooks {
@@ -152,6 +155,9 @@ impl ControlPlane {
                 if let Err(error) = self.check_unused(&domain_id, None) {
                     return reply::failed("DeleteBlobObject", &error);
                 }
+                let images = self.catalog.images();
+                let of_domain = images.iter().filter(|image| image.domain_id == domain_id);
+                of_domain.for_each(|image| self.keep_start(image, true));
                 self.catalog.unregister_domain(&domain_id);
                 (self.hooks.forgotten)(&domain_id, None);
                 reply::done()
@@ -177,6 +183,7 @@ impl ControlPlane {
             }
             Call::Images => told(self.images()),
             Call::Cache => told(self.cache()),
+            Call::Touches { domain_id, id } => told(self.start_of(&domain_id, &id)),
             Call::CollectGarbage => told(self.collect_garbage()),
         }
     }
@@ -269,6 +276,7 @@ impl ControlPlane {
         let _turn = self.mounts.turn();
         self.reconcile();
         self.end_recordings(true);
+        self.keep_starts(true);
         if let Err(error) = self.mounts.close() {
             self.journal.error(format!("the door's own mount stays: {error}"));
         }

@@ -38,6 +38,7 @@ pub fn control(hooks: Hooks) -> ControlPlane {
         configured: Mutex::default(),
         restored: Restored::default(),
         recordings: Recordings::default(),
+        starts: None,
     }
 }
 

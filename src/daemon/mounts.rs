@@ -189,6 +189,7 @@ impl Mounts {
         if !is_there(at) {
             return Ok(false);
         }
+        image.touches.resume();
         if let (Door::Fanotify, Some(binder)) = (door, &self.binder) {
             binder.rebind(image)?.into_iter().for_each(&self.prefetch);
         }

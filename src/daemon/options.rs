@@ -156,6 +156,7 @@ impl Raw {
             supervisor: self.supervisor,
             upgrade: self.upgrade,
             blobs_file: self.config,
+            learns_starts: true,
             keep_s: KEEP_DEFAULT_S,
         };
         Ok(NydusdOptions { config, remarks })

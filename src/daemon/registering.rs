@@ -54,10 +54,12 @@ impl ControlPlane {
     }
 
     fn admit(&self, spec: ImageSpec) -> Result<Arc<Image>> {
-        self.catalog.register_if(spec, |image, bootstrap| {
+        let image = self.catalog.register_if(spec, |image, bootstrap| {
             let ledger = self.ledger.as_ref();
             ledger.map_or(Ok(()), |it| admission::admit(it, &self.catalog, image, bootstrap))
-        })
+        })?;
+        self.recall_start(&image);
+        Ok(image)
     }
 
     fn replace(&self, (domain_id, id): &Key, spec: ImageSpec) -> Result<Arc<Image>> {
@@ -80,6 +82,9 @@ impl ControlPlane {
 
     /// Forgets an image, on disk too.
     pub(super) fn unregister(&self, domain_id: &str, id: &str) -> Result<()> {
+        if let Some(image) = self.catalog.image(domain_id, id) {
+            self.keep_start(&image, true);
+        }
         self.catalog.unregister(domain_id, id)?;
         (self.hooks.forgotten)(domain_id, Some(id));
         Ok(())

@@ -29,6 +29,7 @@ use super::reply::Identity;
 use super::sealer::Sealer;
 use super::server::Server;
 use super::socket::ControlSocket;
+use super::starts::{StartKeeper, Starts};
 use super::state::{Event, Refused, StateMachine};
 use super::statistics::Statistics;
 use super::succession::Restored;
@@ -144,6 +145,7 @@ fn run_until_told(
         Sealer::start(door, &control.catalog, &journal, Box::new(tick))
     });
     let sealer = sealer.transpose()?;
+    let learner = config.learns_starts.then(|| StartKeeper::start(control)).transpose()?;
     let server = begin(config, control, lineage, socket)?;
     let systemd = environment.notify_socket.as_deref().map(Systemd::at).transpose();
     let systemd = systemd.inspect_err(|error| journal.error(error.to_string())).ok().flatten();
@@ -161,6 +163,9 @@ fn run_until_told(
     }
     if let Some(sealer) = sealer {
         sealer.stop();
+    }
+    if let Some(learner) = learner {
+        learner.stop();
     }
     control.close_doors();
     Ok(ending)
@@ -244,6 +249,7 @@ fn control_plane(
         configured: Mutex::default(),
         restored: Restored::default(),
         recordings: Recordings::default(),
+        starts: config.learns_starts.then(|| Starts::open(&config.state_dir)).transpose()?,
     })
 }
 

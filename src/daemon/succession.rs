@@ -225,8 +225,9 @@ fn register(control: &ControlPlane, record: &Record) -> Result<Arc<Image>> {
         let ledger = control.ledger.as_ref();
         ledger.map_or(Ok(()), |it| admission::admit(it, &control.catalog, image, bootstrap))
     });
-    if registered.is_err() {
-        control.restored.lock().remove(&record.key());
+    match &registered {
+        Ok(image) => control.recall_start(image),
+        Err(_) => drop(control.restored.lock().remove(&record.key())),
     }
     registered
 }

@@ -56,6 +56,9 @@ impl Door {
         let journal = &self.crew.parts.journal;
         let spare = self.reopened(&file);
         let opened = self.open(file, &domain, &cookie).await;
+        if let (Ok((Opened::Data(blob), _)), Some(_)) = (&opened, &spare) {
+            blob.image.touches.resume();
+        }
         if opened.is_err() && self.is_handing_over.get() {
             // The successor is asked the same.
             self.device.unanswered_opens().fetch_sub(1, Ordering::Relaxed);
@@ -82,7 +85,7 @@ impl Door {
             return;
         }
         if let Ok((Opened::Data(blob), _)) = opened
-            && blob.image.prefetch.enable
+            && (blob.image.prefetch.enable || blob.image.touches.is_known(blob.blob_index))
         {
             self.crew.prefetch_later(blob);
         }

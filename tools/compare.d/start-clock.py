@@ -16,7 +16,8 @@ PULL = {
     "plain": [*CTR, "images", "pull", "--plain-http", "--snapshotter", "overlayfs", IMAGE],
     "sluice": [sluice, "pull", "--address", containerd, "--namespace", "test", IMAGE],
 }
-SNAPSHOTTER = {"plain": "overlayfs", "sluice": "nydus"}
+PULL["again"] = PULL["sluice"]
+SNAPSHOTTER = {"plain": "overlayfs", "sluice": "nydus", "again": "nydus"}
 
 
 def warm():
