@@ -99,7 +99,7 @@ fn second_start_finds_what_the_first_needed() {
     let empty = self::cache();
     let node = Node::start(empty.path(), &options);
     node.register(&truth, registry.address(), &options);
-    image(&node).touches.recall(known);
+    image(&node).touches.recall(&known);
     let object = node.open(&truth);
     // With what is between them.
     let ranges = image(&node).touches.known_ranges(0).into_iter();

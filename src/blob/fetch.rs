@@ -182,6 +182,9 @@ impl Crew {
             self.record_span(blob, *cause, Step::Connect, connect_ns);
             self.record_span(blob, *cause, Step::FirstByte, first_byte_ns);
         }
+        if body.is_repeated() {
+            self.parts.counters.count(Counter::RequestsRepeated);
+        }
 
         let _landing = self.landings.acquire(&self.core).await;
         let is_large = size.max(run.output_size_max as usize) > RANGE_LEASE_SIZE;

@@ -65,6 +65,8 @@ named! {
         RequestsFailed = "requests_failed",
         /// Requests made again after one failed.
         Retries = "retries",
+        /// Requests made once more because the first answer was late.
+        RequestsRepeated = "requests_repeated",
         /// Connections opened to registries.
         ConnectionsOpened = "connections_opened",
         /// Chunks decoded, found right and put into the cache.

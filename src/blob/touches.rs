@@ -41,7 +41,8 @@ pub struct Touches {
     began_ns: AtomicU64,
     is_resumed: AtomicBool,
     is_over: AtomicBool,
-    known: RwLock<Arc<[Touch]>>,
+    /// A word each, too: a node has thousands of images.
+    known: RwLock<Arc<[u64]>>,
 }
 
 impl Touches {
@@ -56,8 +57,9 @@ impl Touches {
     }
 
     /// What earlier starts needed.
-    pub fn recall(&self, known: Vec<Touch>) {
-        *self.known.write().unwrap_or_else(PoisonError::into_inner) = known.into();
+    pub fn recall(&self, known: &[Touch]) {
+        let words = known.iter().filter_map(|it| pack(it.blob_index, &it.range, it.elapsed_ms));
+        *self.known.write().unwrap_or_else(PoisonError::into_inner) = words.collect();
     }
 
     /// A reader needs `range` of a blob.
@@ -88,7 +90,7 @@ impl Touches {
     /// Whether anything is known that a start needs of a blob.
     pub fn is_known(&self, blob_index: u32) -> bool {
         !self.is_resumed.load(Ordering::Relaxed)
-            && self.known().iter().any(|touch| touch.blob_index == blob_index)
+            && self.known().any(|touch| touch.blob_index == blob_index)
     }
 
     /// What a start is known to need of a blob, in the order of its touches. What is close to the
@@ -98,7 +100,7 @@ impl Touches {
         if self.is_resumed.load(Ordering::Relaxed) {
             return ranges;
         }
-        for touch in self.known().iter().filter(|touch| touch.blob_index == blob_index) {
+        for touch in self.known().filter(|touch| touch.blob_index == blob_index) {
             let Range { start, end } = touch.range;
             match ranges.last_mut() {
                 Some(last) if (last.start..=last.end + PREFETCH_GAP_BYTES).contains(&start) => {
@@ -114,11 +116,11 @@ impl Touches {
     pub fn all(&self) -> Vec<Touch> {
         let slots = self.slots.get().map_or(&[][..], |slots| slots);
         let words = slots.iter().map(|slot| slot.load(Ordering::Acquire));
-        merge(self.known().to_vec(), words.filter_map(unpack))
+        merge(self.known().collect(), words.filter_map(unpack))
     }
 
     /// Ends the notes if their time is up, or in any case; gives what is known if that is more than
-    /// it was. Not for two threads at once.
+    /// it was.
     pub fn end(&self, now_ns: u64, is_end: bool) -> Option<Vec<Touch>> {
         let began_ns = self.began_ns.load(Ordering::Relaxed);
         let is_up = is_end || now_ns.saturating_sub(began_ns) >= START_WINDOW_NS;
@@ -126,13 +128,14 @@ impl Touches {
             return None;
         }
         let all = self.all();
-        let is_more = all.len() > self.known().len();
-        self.recall(all.clone());
+        let is_more = all.len() > self.known().count();
+        self.recall(&all);
         is_more.then_some(all)
     }
 
-    fn known(&self) -> Arc<[Touch]> {
-        Arc::clone(&self.known.read().unwrap_or_else(PoisonError::into_inner))
+    fn known(&self) -> impl Iterator<Item = Touch> + use<> {
+        let words = Arc::clone(&self.known.read().unwrap_or_else(PoisonError::into_inner));
+        (0..words.len()).filter_map(move |at| unpack(words[at]))
     }
 }
 
@@ -222,11 +225,11 @@ mod tests {
     #[test]
     fn a_second_start_adds_what_the_first_did_not_need() {
         let touches = prepared();
-        touches.recall(vec![touch(0, 0..8192, 5)]);
+        touches.recall(&[touch(0, 0..8192, 5)]);
         touches.note(0, &(4096..8192), SECOND);
         assert_eq!(touches.end(SECOND, true), None, "nothing new");
         let touches = prepared();
-        touches.recall(vec![touch(0, 0..8192, 5)]);
+        touches.recall(&[touch(0, 0..8192, 5)]);
         touches.note(1, &(4096..8192), SECOND);
         let ended = touches.end(SECOND, true);
         assert_eq!(ended, Some(vec![touch(0, 0..8192, 5), touch(1, 4096..8192, 0)]));
@@ -236,14 +239,14 @@ mod tests {
     fn what_is_close_behind_is_joined_in_the_order_of_touches() {
         let touches = Touches::default();
         let gap = PREFETCH_GAP_BYTES;
-        touches.recall(vec![
+        touches.recall(&[
             touch(0, 1 << 20..(1 << 20) + 4096, 0),
             touch(1, 0..4096, 1),
             touch(0, (1 << 20) + 4096 + gap..(1 << 20) + 8192 + gap, 2),
             touch(0, 0..4096, 3),
-            touch(0, 4097 + gap..8192 + gap, 4),
+            touch(0, 8192 + gap..12288 + gap, 4),
         ]);
-        let expected = [1 << 20..(1 << 20) + 8192 + gap, 0..4096, 4097 + gap..8192 + gap];
+        let expected = [1 << 20..(1 << 20) + 8192 + gap, 0..4096, 8192 + gap..12288 + gap];
         assert_eq!(touches.known_ranges(0), expected);
         assert!(touches.known_ranges(2).is_empty());
     }
@@ -251,7 +254,7 @@ mod tests {
     #[test]
     fn a_resumed_image_is_neither_noted_nor_helped() {
         let touches = prepared();
-        touches.recall(vec![touch(0, 0..4096, 0)]);
+        touches.recall(&[touch(0, 0..4096, 0)]);
         touches.resume();
         touches.note(0, &(8192..12288), SECOND);
         assert!(!touches.is_known(0) && touches.known_ranges(0).is_empty());

@@ -59,6 +59,13 @@ pub const REGISTRY_RETRY_COUNT_MAX: u32 = 10;
 pub const REGISTRY_RETRY_PAUSE_NS: u64 = 50 * MILLISECOND_NS;
 /// The longest pause between tries that we choose ourselves.
 pub const REGISTRY_RETRY_PAUSE_NS_MAX: u64 = 2 * SECOND_NS;
+/// No answer is late before this: a busy machine is as slow.
+pub const PATIENCE_NS_MIN: u64 = 50 * MILLISECOND_NS;
+/// Answers for each request that is repeated because its own is late, and before the first: 5 %
+/// more requests at most.
+pub const PATIENCE_ANSWERS_PER_REPEAT: u32 = 20;
+/// Repetitions that are saved for a bad moment.
+pub const PATIENCE_REPEATS_SAVED_MAX: u32 = 10;
 /// timeout and connect_timeout in seconds when the backend does not say.
 pub const REGISTRY_TIMEOUT_DEFAULT_S: u64 = 5;
 /// timeout and connect_timeout in seconds when the backend says 0 (nydus: none).

@@ -146,7 +146,7 @@ impl ControlPlane {
     pub(super) fn recall_start(&self, image: &Image) {
         let Some(starts) = &self.starts else { return };
         match starts.read(image) {
-            Ok(touches) => image.touches.recall(touches),
+            Ok(touches) => image.touches.recall(&touches),
             Err(error) => self.journal.error(format!("a kept start is passed over: {error}")),
         }
     }

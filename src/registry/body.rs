@@ -94,6 +94,11 @@ impl Body {
         }
     }
 
+    /// Whether it was asked for twice, because the first answer was late.
+    pub fn is_repeated(&self) -> bool {
+        matches!(&self.origin, Origin::Http { exchange, .. } if exchange.is_repeated)
+    }
+
     /// Gives the connection back when everything was read; closes it otherwise.
     pub fn finish(self) {
         if let Origin::Http { exchange, .. } = self.origin

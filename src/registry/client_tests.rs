@@ -110,7 +110,8 @@ fn ranged(range: &str, rest: &str) -> Vec<u8> {
     format!("HTTP/1.1 206 P\r\nContent-Range: bytes {range}\r\n{rest}").into_bytes()
 }
 
-fn expect(range: Range<usize>) -> Vec<u8> {
+/// The bytes of a range.
+pub fn expect(range: Range<usize>) -> Vec<u8> {
     blob()[range].to_vec()
 }
 

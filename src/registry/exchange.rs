@@ -3,7 +3,8 @@
 //! `start` takes a place on a line, sends the request on the warmest connection and returns with
 //! the parsed head; `read` hands out the body; `finish` gives the connection back when the body was
 //! read to its end. A reused connection that fails before a byte of the answer is replaced by a
-//! fresh one, once, at no cost to the caller's tries. A body must make progress: less than
+//! fresh one, once, at no cost to the caller's tries; so is one whose answer to a reader's request
+//! is much later than usual (`patience.rs`). A body must make progress: less than
 //! HTTP_BODY_PROGRESS_SIZE_MIN in one timeout is an error. Decides nothing about statuses.
 
 use std::ops::Range;
@@ -33,6 +34,8 @@ pub struct Exchange {
     window_left: usize,
     /// When it was asked for, when the request was sent, when the head had come.
     times_ns: [u64; 3],
+    /// Whether its first answer was given up for being late.
+    pub is_repeated: bool,
 }
 
 impl Exchange {
@@ -48,6 +51,10 @@ impl Exchange {
         let wanted_ns = core.now();
         let place = line.enter(core, lane, timing.deadline_ns).await?;
         let mut idle = line.take_idle(core).await;
+        let may_repeat = lane == Lane::Demand && request.range.is_some() && request.is_repeatable();
+        let mut patience = line.patience.limit_ns();
+        patience = patience.filter(|&limit_ns| may_repeat && limit_ns < timing.timeout_ns);
+        let mut given_up = None;
         loop {
             let mut connection = match idle.take() {
                 Some(connection) => connection,
@@ -56,9 +63,13 @@ impl Exchange {
             connection.wake(lane).await;
             let mut text = 0..0;
             let asked_ns = core.now();
-            let answered = ask(core, &mut connection, line, request, timing, &mut text).await;
+            let timeout_ns = patience.unwrap_or(timing.timeout_ns);
+            let tried = Timing { timeout_ns, ..timing };
+            let answered = ask(core, &mut connection, line, request, tried, &mut text).await;
             match answered {
                 Ok(head) => {
+                    let answered_ns = core.now();
+                    line.patience.learn(answered_ns - asked_ns);
                     return Ok(Exchange {
                         connection,
                         place,
@@ -68,8 +79,17 @@ impl Exchange {
                         decoder: Decoder::new(head.framing),
                         window_end_ns: 0,
                         window_left: 0,
-                        times_ns: [wanted_ns, asked_ns, core.now()],
+                        times_ns: [wanted_ns, given_up.unwrap_or(asked_ns), answered_ns],
+                        is_repeated: given_up.is_some(),
                     });
+                }
+                Err(Error::Deadline(_))
+                    if patience.is_some() && core.now() < timing.deadline_ns =>
+                {
+                    line.patience.spend();
+                    (patience, given_up) = (None, Some(asked_ns));
+                    drop(connection);
+                    idle = line.take_idle(core).await;
                 }
                 // The server closed it while it was idle: nothing was lost but this try.
                 Err(error)

@@ -6,7 +6,7 @@
 //! `connection` of the `pool`. Who makes images needs more: `download` gives a whole blob, and a
 //! `repository` is written to, blob by blob by `upload`. Pure files, without I/O and without the
 //! engine: `config`, `reference`, `origin`, `secret`, `http`, `framing`, `auth`, `credentials`,
-//! `mirrors`, `redirects`, `timestamp`, `tokens`, `complaint`.
+//! `mirrors`, `redirects`, `timestamp`, `tokens`, `complaint`, `patience`.
 
 pub mod auth;
 pub mod body;
@@ -25,6 +25,7 @@ mod login;
 pub mod mirrors;
 pub mod origin;
 pub mod pace;
+pub mod patience;
 pub mod pool;
 pub mod redirects;
 pub mod reference;
@@ -49,6 +50,8 @@ mod config_tests;
 mod http_tests;
 #[cfg(test)]
 mod login_tests;
+#[cfg(test)]
+mod patience_tests;
 #[cfg(test)]
 mod server_tests;
 #[cfg(test)]

@@ -17,6 +17,7 @@ use crate::error::{Error, Result};
 use crate::registry::config::ProxyConfig;
 use crate::registry::connection::Connection;
 use crate::registry::origin::{Origin, Scheme};
+use crate::registry::patience::Patience;
 use crate::registry::resolve::Names;
 use crate::registry::tls::{TlsConfig, TlsConfigs, TlsStream};
 
@@ -59,6 +60,8 @@ pub struct Line {
     pub authority: String,
     /// What stands before a path in the request line: empty, or `http://HOST` through a proxy.
     pub target_prefix: String,
+    /// How long its answers take.
+    pub patience: Patience,
     idle: RefCell<Vec<Connection>>,
     in_use: [Cell<usize>; 2],
     freed: Notify,
@@ -78,6 +81,7 @@ impl Line {
             authority: peer.origin.authority(),
             target_prefix: if through_proxy { peer.origin.to_string() } else { String::new() },
             peer,
+            patience: Patience::default(),
             idle: RefCell::new(Vec::with_capacity(limits::REGISTRY_IDLE_CONNECTION_COUNT_MAX)),
             in_use: [Cell::new(0), Cell::new(0)],
             freed: Notify::default(),
