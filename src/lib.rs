@@ -89,6 +89,13 @@
 //! * Segments are at least 64 KiB and grow with the blob: a file costs an inode and a device slot
 //!   (1.2 to 1.7 KB of kernel memory, and 65,535 of them seconds of mount time), a large segment
 //!   costs its first reader the bytes in front.
+//! * What a start needs is noted and fetched first at the next one (`blob/touches.rs`): python3 at
+//!   20 ms from its registry is ready after 0.6 s instead of 2.8 s, with the same bytes. That each
+//!   request of a first start brings more was tried on the journal of one, and is not done: 128
+//!   KiB more forward saves a third of its requests and costs two thirds more bytes.
+//! * A reader's answer that is late is given up and asked for once more (`registry/patience.rs`),
+//!   rather than both awaited: it needs no second buffer and no select, and what is given up is
+//!   what was late. Answers must have paid for it, so a slow registry is not asked twice.
 
 #[macro_use]
 pub mod error;

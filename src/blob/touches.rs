@@ -4,7 +4,8 @@
 //! `START_WINDOW_NS` from the first. What comes of it is kept on disk by the daemon
 //! (`daemon/starts.rs`) and prefetched, in this order, when the image is mounted once more and its
 //! bytes are gone. A start is a mount: who reads an image that a former daemon had mounted is in
-//! the middle of something, and is neither noted nor helped.
+//! the middle of something, and is neither noted nor helped. Behind the cachefiles door a blob that
+//! images of one domain share counts for the image that registered it first.
 //!
 //! Noting is on the fault path: two atomic steps, no lock, nothing allocated. What finds no room is
 //! not noted, and costs the next start a wait.

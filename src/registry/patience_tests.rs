@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::time::Duration;
 
 use serde_json::json;
 
@@ -64,12 +63,12 @@ fn nobody_waits_for_prefetch_so_it_is_not_sent_twice() {
 fn registry_that_is_slow_for_everybody_is_not_asked_twice_for_everything() {
     let (is_slow, count) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
     let (slow, counted) = (Arc::clone(&is_slow), Arc::clone(&count));
-    let server = Server::start(move |seen| {
-        if slow.load(Ordering::SeqCst) {
+    let server = Server::start(move |seen| match slow.load(Ordering::SeqCst) {
+        true => {
             counted.fetch_add(1, Ordering::SeqCst);
-            std::thread::sleep(Duration::from_millis(200));
+            Play::Late(partial(seen), 200)
         }
-        Play::Send(partial(seen))
+        false => Play::Send(partial(seen)),
     });
     run(shared(), plain(&server, json!({})), move |world| async move {
         for _ in 0..5 {

@@ -50,6 +50,8 @@ pub enum Play {
     Last(Vec<u8>),
     /// The first bytes at once, then one byte each so many milliseconds.
     Drip(Vec<u8>, usize, u64),
+    /// These bytes after so many milliseconds, then the next request.
+    Late(Vec<u8>, u64),
     /// Nothing, until the test is over.
     Stall,
 }
@@ -206,6 +208,8 @@ fn serve(connection: usize, mut stream: impl Read + Write, state: &State) {
             Play::Send(bytes) => (bytes, usize::MAX, 0, false),
             Play::Last(bytes) => (bytes, usize::MAX, 0, true),
             Play::Drip(bytes, at_once, pause_ms) => (bytes, at_once, pause_ms, true),
+            Play::Late(_, pause_ms) if wait(state, pause_ms) => return,
+            Play::Late(bytes, _) => (bytes, usize::MAX, 0, false),
             Play::Stall => (Vec::new(), 0, u64::MAX, true),
         };
         let at_once = at_once.min(bytes.len());
