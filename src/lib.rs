@@ -90,7 +90,7 @@
 //!   (1.2 to 1.7 KB of kernel memory, and 65,535 of them seconds of mount time), a large segment
 //!   costs its first reader the bytes in front.
 //! * What a start needs is noted and fetched first at the next one (`blob/touches.rs`): python3 at
-//!   20 ms from its registry is ready after 0.6 s instead of 2.8 s, with the same bytes. That each
+//!   20 ms from its registry is ready after 0.5 s instead of 2.7 s, with the same bytes. That each
 //!   request of a first start brings more was tried on the journal of one, and is not done: 128
 //!   KiB more forward saves a third of its requests and costs two thirds more bytes.
 //! * A reader's answer that is late is given up and asked for once more (`registry/patience.rs`),
