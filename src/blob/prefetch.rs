@@ -13,6 +13,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use super::cache::Cache;
 use super::crew::Crew;
 use super::journal::Level;
 use super::latency::Cause;
@@ -96,9 +97,26 @@ impl Crew {
         }
     }
 
+    /// Waits until the cache tells what it holds, so that it is not fetched again; says whether it
+    /// does.
+    async fn is_attached(&self, blob: &OpenBlob, deadline_ns: u64) -> bool {
+        let Cache::Object { object, .. } = &blob.cache else { return true };
+        while !object.is_attached(&self.core) {
+            let is_over = blob.is_closed.load(Ordering::Relaxed) || self.gate.is_closed();
+            if is_over || self.core.now() >= deadline_ns {
+                return false;
+            }
+            let _ = self.core.sleep(PAUSE_NS).await;
+        }
+        true
+    }
+
     /// Says whether there is nothing more to be done for the blob.
     async fn prefetch_part(self: &Rc<Self>, blob: &Arc<OpenBlob>, part: Part) -> bool {
         let deadline_ns = self.core.now() + self.parts.fault_deadline_ns;
+        if !self.is_attached(blob, deadline_ns).await {
+            return true;
+        }
         let layout = match self.layout(blob, &(0..0), deadline_ns).await {
             Ok(layout) => layout,
             Err(error) => {

@@ -70,6 +70,12 @@ impl CacheObject {
         (lease, Ok(()))
     }
 
+    /// Whether the kernel has attached the file of the cache. It does so a little after the OPEN is
+    /// answered; before, it tells of no data and takes none (ENOBUFS).
+    pub fn is_attached(&self, core: &Core) -> bool {
+        core.call(Call::Seek(self.fd, 0, libc::SEEK_END)).is_ok()
+    }
+
     /// Whether a part of `range` is a hole.
     pub fn has_hole(&self, core: &Core, range: &Range<u64>) -> bool {
         match core.call(Call::Seek(self.fd, range.start, libc::SEEK_HOLE)) {
