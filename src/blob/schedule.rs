@@ -19,7 +19,7 @@ use crate::config::{
 };
 
 /// Offsets are kept in pages so that what was read in order fits beside them.
-const PAGE_BYTES: u64 = 4 * KIB as u64;
+pub const PAGE_BYTES: u64 = 4 * KIB as u64;
 const RUN_BITS: u32 = 16;
 const RUN_MAX: u64 = (1 << RUN_BITS) - 1;
 

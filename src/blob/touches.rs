@@ -14,28 +14,16 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 
+use super::recorder::Fault;
+use super::schedule::PAGE_BYTES;
 use crate::config::{
     MILLISECOND_NS, PREFETCH_GAP_BYTES, START_TOUCHED_MAX_BYTES, START_TOUCHES_MAX, START_WINDOW_NS,
 };
 
-/// What the kernel reads at once at least.
-pub const PAGE_BYTES: u64 = 4096;
-
-/// Bytes of a blob that a start needed.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Touch {
-    /// The blob's index in the image.
-    pub blob_index: u32,
-    /// In the blob's address space, whole pages.
-    pub range: Range<u64>,
-    /// Since the first touch.
-    pub elapsed_ms: u64,
-}
-
 /// The touches of one image: of this start, and of those before. Shared by all cores.
 #[derive(Debug, Default)]
 pub struct Touches {
-    /// Each a [`Touch`] in one word; 0 where there is none yet.
+    /// Each a [`Fault`] in one word; 0 where there is none yet.
     slots: OnceLock<Box<[AtomicU64]>>,
     next: AtomicUsize,
     /// When the first came; 0 before that.
@@ -58,8 +46,8 @@ impl Touches {
     }
 
     /// What earlier starts needed.
-    pub fn recall(&self, known: &[Touch]) {
-        let words = known.iter().filter_map(|it| pack(it.blob_index, &it.range, it.elapsed_ms));
+    pub fn recall(&self, known: &[Fault]) {
+        let words = known.iter().filter_map(|it| pack(it.blob_index, &it.range, it.elapsed_ns));
         *self.known.write().unwrap_or_else(PoisonError::into_inner) = words.collect();
     }
 
@@ -82,7 +70,7 @@ impl Touches {
         if elapsed_ns >= START_WINDOW_NS || self.next.load(Ordering::Relaxed) >= slots.len() {
             return;
         }
-        let Some(word) = pack(blob_index, range, elapsed_ns / MILLISECOND_NS) else { return };
+        let Some(word) = pack(blob_index, range, elapsed_ns) else { return };
         if let Some(slot) = slots.get(self.next.fetch_add(1, Ordering::Relaxed)) {
             slot.store(word, Ordering::Release);
         }
@@ -114,7 +102,7 @@ impl Touches {
     }
 
     /// Everything known, this start's so far included; earlier starts' touches come first.
-    pub fn all(&self) -> Vec<Touch> {
+    pub fn all(&self) -> Vec<Fault> {
         let slots = self.slots.get().map_or(&[][..], |slots| slots);
         let words = slots.iter().map(|slot| slot.load(Ordering::Acquire));
         merge(self.known().collect(), words.filter_map(unpack))
@@ -122,7 +110,7 @@ impl Touches {
 
     /// Ends the notes if their time is up, or in any case; gives what is known if that is more than
     /// it was.
-    pub fn end(&self, now_ns: u64, is_end: bool) -> Option<Vec<Touch>> {
+    pub fn end(&self, now_ns: u64, is_end: bool) -> Option<Vec<Fault>> {
         let began_ns = self.began_ns.load(Ordering::Relaxed);
         let is_up = is_end || now_ns.saturating_sub(began_ns) >= START_WINDOW_NS;
         if began_ns == 0 || !is_up || self.is_over.swap(true, Ordering::Relaxed) {
@@ -134,17 +122,17 @@ impl Touches {
         is_more.then_some(all)
     }
 
-    fn known(&self) -> impl Iterator<Item = Touch> + use<> {
+    fn known(&self) -> impl Iterator<Item = Fault> + use<> {
         let words = Arc::clone(&self.known.read().unwrap_or_else(PoisonError::into_inner));
         (0..words.len()).filter_map(move |at| unpack(words[at]))
     }
 }
 
 /// Adds touches that are not part of earlier ones, up to what is prefetched for one start.
-fn merge(mut known: Vec<Touch>, new: impl Iterator<Item = Touch>) -> Vec<Touch> {
+fn merge(mut known: Vec<Fault>, new: impl Iterator<Item = Fault>) -> Vec<Fault> {
     let mut bytes: u64 = known.iter().map(|touch| touch.range.end - touch.range.start).sum();
     for touch in new {
-        let is_in = |other: &Touch| {
+        let is_in = |other: &Fault| {
             other.blob_index == touch.blob_index
                 && other.range.start <= touch.range.start
                 && other.range.end >= touch.range.end
@@ -161,7 +149,8 @@ fn merge(mut known: Vec<Touch>, new: impl Iterator<Item = Touch>) -> Vec<Touch> 
 
 /// Blob (8 bits), first page (24), pages (16, never 0), milliseconds (16). None for what does not
 /// fit: a blob's part beyond 64 GiB.
-fn pack(blob_index: u32, range: &Range<u64>, elapsed_ms: u64) -> Option<u64> {
+fn pack(blob_index: u32, range: &Range<u64>, elapsed_ns: u64) -> Option<u64> {
+    let elapsed_ms = elapsed_ns / MILLISECOND_NS;
     let first = range.start / PAGE_BYTES;
     let count = range.end.div_ceil(PAGE_BYTES).checked_sub(first)?.min(0xffff);
     let is_small = blob_index < 1 << 8 && first < 1 << 24 && elapsed_ms < 1 << 16;
@@ -169,12 +158,12 @@ fn pack(blob_index: u32, range: &Range<u64>, elapsed_ms: u64) -> Option<u64> {
         .then(|| u64::from(blob_index) << 56 | first << 32 | count << 16 | elapsed_ms)
 }
 
-fn unpack(word: u64) -> Option<Touch> {
+fn unpack(word: u64) -> Option<Fault> {
     let (first, count) = (word >> 32 & 0xff_ffff, word >> 16 & 0xffff);
-    (count > 0).then(|| Touch {
+    (count > 0).then(|| Fault {
         blob_index: (word >> 56) as u32,
         range: first * PAGE_BYTES..(first + count) * PAGE_BYTES,
-        elapsed_ms: word & 0xffff,
+        elapsed_ns: (word & 0xffff) * MILLISECOND_NS,
     })
 }
 
@@ -190,8 +179,8 @@ mod tests {
         touches
     }
 
-    fn touch(blob_index: u32, range: Range<u64>, elapsed_ms: u64) -> Touch {
-        Touch { blob_index, range, elapsed_ms }
+    fn touch(blob_index: u32, range: Range<u64>, elapsed_ms: u64) -> Fault {
+        Fault { blob_index, range, elapsed_ns: elapsed_ms * MILLISECOND_NS }
     }
 
     #[test]

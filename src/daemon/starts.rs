@@ -10,7 +10,7 @@ use std::fs::{DirBuilder, File};
 use std::io::{BufRead, BufReader, BufWriter, ErrorKind, Read, Write};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime};
 
@@ -24,7 +24,7 @@ use super::touched_files;
 use crate::blob::journal::Level;
 use crate::blob::recorder::Fault;
 use crate::blob::registration::Image;
-use crate::blob::touches::{PAGE_BYTES, Touch};
+use crate::blob::schedule::PAGE_BYTES;
 use crate::config::{
     MILLISECOND_NS, START_FILE_MAX_BYTES, START_LOOK_MS, START_TOUCHED_MAX_BYTES,
     START_TOUCHES_MAX, STARTS_KEPT_MAX,
@@ -33,7 +33,11 @@ use crate::error::{Error, Result};
 
 /// The directory with what is kept.
 #[derive(Debug)]
-pub struct Starts(PathBuf);
+pub struct Starts {
+    directory: PathBuf,
+    /// One writes at a time: images may have one bootstrap, and so one file.
+    turn: Mutex<()>,
+}
 
 /// The thread that writes down starts that are over.
 pub struct StartKeeper {
@@ -59,11 +63,11 @@ impl Starts {
         let directory = state_dir.join("starts");
         let made = DirBuilder::new().recursive(true).mode(0o700).create(&directory);
         made.map_err(|error| Error::io(&error, directory.display().to_string()))?;
-        Ok(Starts(directory))
+        Ok(Starts { directory, turn: Mutex::default() })
     }
 
     /// What an image's starts needed; nothing if none is kept.
-    fn read(&self, image: &Image) -> Result<Vec<Touch>> {
+    fn read(&self, image: &Image) -> Result<Vec<Fault>> {
         let path = self.path(image);
         let file = match File::open(&path) {
             Ok(file) => file,
@@ -84,15 +88,17 @@ impl Starts {
     }
 
     /// Keeps what an image's starts needed; the longest unchanged files make room.
-    fn write(&self, image: &Image, touches: &[Touch]) -> Result<()> {
+    fn write(&self, image: &Image, touches: &[Fault]) -> Result<()> {
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         let path = self.path(image);
-        let part = path.with_extension(format!("part-{}", std::process::id()));
+        let part = self.directory.join(format!("unfinished.{}", std::process::id()));
         let written = File::create(&part).and_then(|file| {
             let mut file = BufWriter::new(file);
             for touch in touches {
-                let Touch { blob_index: blob, range, elapsed_ms: t_ms } = touch;
-                let length = range.end - range.start;
-                let line = Line { blob: *blob, offset: range.start, length, t_ms: *t_ms };
+                let Fault { blob_index: blob, range, elapsed_ns } = touch;
+                let (offset, length) = (range.start, range.end - range.start);
+                let t_ms = elapsed_ns / MILLISECOND_NS;
+                let line = Line { blob: *blob, offset, length, t_ms };
                 writeln!(file, "{}", json!(line))?;
             }
             file.flush()?;
@@ -107,9 +113,10 @@ impl Starts {
 
     /// Removes the longest unchanged files above a number.
     fn prune(&self, kept: usize) -> Result<()> {
-        let failed = |error: std::io::Error| Error::io(&error, self.0.display().to_string());
+        let failed =
+            |error: std::io::Error| Error::io(&error, self.directory.display().to_string());
         let mut files: Vec<(SystemTime, PathBuf)> = Vec::new();
-        for entry in std::fs::read_dir(&self.0).map_err(failed)? {
+        for entry in std::fs::read_dir(&self.directory).map_err(failed)? {
             let entry = entry.map_err(failed)?;
             // One that is gone meanwhile is no concern.
             let changed = entry.metadata().and_then(|metadata| metadata.modified());
@@ -124,19 +131,23 @@ impl Starts {
     }
 
     fn path(&self, image: &Image) -> PathBuf {
-        self.0.join(image.bootstrap_digest.to_string())
+        self.directory.join(image.bootstrap_digest.to_string())
     }
 }
 
 /// One line, which must be of this image.
-fn touch(line: &str, image: &Image) -> Result<Touch> {
+fn touch(line: &str, image: &Image) -> Result<Fault> {
     let Line { blob, offset, length, t_ms } = serde_json::from_str(line)
         .map_err(|error| malformed!("{error}; it is written anew at the image's next start"))?;
     let size = image.blobs.get(blob as usize).map(|blob| blob.uncompressed_size_bytes);
     let size = size.map_or(0, |size| size.next_multiple_of(PAGE_BYTES));
     let end = offset.checked_add(length).filter(|&end| offset < end && end <= size);
     match end.filter(|_| offset % PAGE_BYTES == 0 && length % PAGE_BYTES == 0) {
-        Some(end) => Ok(Touch { blob_index: blob, range: offset..end, elapsed_ms: t_ms }),
+        Some(end) => Ok(Fault {
+            blob_index: blob,
+            range: offset..end,
+            elapsed_ns: t_ms.saturating_mul(MILLISECOND_NS),
+        }),
         None => Err(malformed!("blob {blob} has no pages at {offset} + {length}")),
     }
 }
@@ -174,14 +185,8 @@ impl ControlPlane {
         let image = self.catalog.image(domain_id, id).ok_or_else(|| {
             Error::NotFound(format!("no image {domain_id}/{id} is registered; mount it first"))
         })?;
-        let faults: Vec<Fault> = image.touches.all().into_iter().map(fault).collect();
-        Ok(json!({ "touches": touched_files::lines(&image, &faults)? }))
+        Ok(json!({ "touches": touched_files::lines(&image, &image.touches.all())? }))
     }
-}
-
-fn fault(touch: Touch) -> Fault {
-    let Touch { blob_index, range, elapsed_ms } = touch;
-    Fault { blob_index, range, elapsed_ns: elapsed_ms * MILLISECOND_NS }
 }
 
 impl StartKeeper {
@@ -233,9 +238,9 @@ mod tests {
         Catalog::default().register_if(spec, |_, _| Ok(())).expect("a good image")
     }
 
-    fn touches() -> Vec<Touch> {
-        let touch = |range, elapsed_ms| Touch { blob_index: 0, range, elapsed_ms };
-        vec![touch(8192..12288, 0), touch(0..4096, 7)]
+    fn touches() -> Vec<Fault> {
+        let touch = |range, elapsed_ns| Fault { blob_index: 0, range, elapsed_ns };
+        vec![touch(8192..12288, 0), touch(0..4096, 7 * MILLISECOND_NS)]
     }
 
     #[test]
@@ -247,8 +252,20 @@ mod tests {
         assert_eq!(starts.read(&image).unwrap(), touches());
         starts.write(&image, &touches()[..1]).unwrap();
         assert_eq!(starts.read(&image).unwrap(), touches()[..1]);
-        let names = std::fs::read_dir(&starts.0).unwrap().count();
+        let names = std::fs::read_dir(&starts.directory).unwrap().count();
         assert_eq!(names, 1, "nothing unfinished is left");
+    }
+
+    #[test]
+    fn images_of_one_bootstrap_write_one_after_the_other() {
+        let directory = tempfile::tempdir().unwrap();
+        let (starts, image) = (Starts::open(directory.path()).unwrap(), image(directory.path()));
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| (0..50).for_each(|_| starts.write(&image, &touches()).unwrap()));
+            }
+        });
+        assert_eq!(starts.read(&image).unwrap(), touches());
     }
 
     #[test]
@@ -287,11 +304,11 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let starts = Starts::open(directory.path()).unwrap();
         for (name, age_s) in [("a", 3), ("b", 1), ("c", 2)] {
-            let file = File::create(starts.0.join(name)).unwrap();
+            let file = File::create(starts.directory.join(name)).unwrap();
             file.set_modified(SystemTime::now() - Duration::from_secs(age_s)).unwrap();
         }
         starts.prune(2).unwrap();
-        assert!(!starts.0.join("a").exists());
-        assert!(starts.0.join("b").exists() && starts.0.join("c").exists());
+        assert!(!starts.directory.join("a").exists());
+        assert!(starts.directory.join("b").exists() && starts.directory.join("c").exists());
     }
 }
