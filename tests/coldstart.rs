@@ -7,6 +7,9 @@ use std::process::{Child, ChildStdin, Command, Output, Stdio};
 
 use serde_json::Value;
 
+/// What a page may need: the two chunks it lies in.
+const ANSWER_MAX_BYTES: u64 = 2 * (64 << 10);
+
 /// The small image of tests/fixtures: 64 KiB chunks, zstd.
 fn image() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/zstd-64k")
@@ -132,8 +135,16 @@ fn the_floor_fetches_what_a_daemon_fetches_and_no_more() {
         count(&ours).checked_sub(count(&floor)).expect("ours fetches what the floor does")
     };
     // Dialling ahead, each connection asks for a byte, to learn where the blob is; a request is
-    // counted when it comes, its byte when it has gone.
-    assert!(more("requests") <= 128 && more("bytes") <= more("requests"), "{}", ours["origin"]);
+    // counted when it comes, its byte when it has gone. An answer that is late on a busy machine
+    // is asked for again, and may come twice.
+    let repeated = ours["daemon"]["counters"]["requests_repeated"].as_u64().expect("a counter");
+    let twice = repeated * ANSWER_MAX_BYTES;
+    assert!(
+        more("requests") <= 128 && more("bytes") <= more("requests") + twice,
+        "{repeated} repeated, {} and {}",
+        floor["origin"],
+        ours["origin"]
+    );
     assert_eq!(floor["filled_bytes"], ours["filled_bytes"]);
 }
 

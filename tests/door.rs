@@ -3,6 +3,7 @@
 mod support;
 
 use serde_json::json;
+use sluice::blob::recorder::Fault;
 use sluice::blob::statistics::Counter;
 use sluice::config::Intake;
 use support::daemon::comes_true;
@@ -112,6 +113,36 @@ fn second_start_finds_what_the_first_needed() {
         assert!(bytes == truth.bytes[range.start as usize..range.end as usize]);
     }
     assert_eq!(registry.blob_reads().len(), 0);
+}
+
+#[test]
+fn second_start_asks_for_nothing_where_its_bytes_are_still_there() {
+    let registry = Registry::with_images(&[]);
+    let cache = cache();
+    // One core, one prefetch after the other.
+    let options = Options { cores: 1, ..Options::default() };
+    // Where this image's bytes are stored the registry says, and need not be asked.
+    let (there, absent) = (Truth::of("zran"), Truth::of("lz4-1m"));
+    let node = Node::start(cache.path(), &options);
+    node.register(&there, registry.address(), &options);
+    assert_eq!(node.read_all(&there, &node.open(&there), 1), 0);
+    drop(node);
+
+    let node = Node::start(cache.path(), &options);
+    registry.forget();
+    let mut objects = Vec::new();
+    for truth in [&there, &absent] {
+        node.register(truth, registry.address(), &options);
+        let image = node.catalog.image(&truth.domain, &truth.domain).expect("it is there");
+        let range = truth.range(truth.chunks().next().expect("a chunk"));
+        image.touches.recall(&[Fault { blob_index: 0, range, elapsed_ns: 0 }]);
+        objects.push(node.open(truth));
+    }
+    assert!(comes_true(|| node.count(Counter::ChunksFilled) > 0), "{:?}", node.lines());
+    for read in registry.blob_reads() {
+        let path = read["path"].as_str().expect("a path");
+        assert!(path.starts_with("/v2/lz4-1m/"), "{path}");
+    }
 }
 
 #[test]

@@ -79,6 +79,15 @@ impl Cache {
         }
     }
 
+    /// Whether a part of a range of the address space may be absent. Needs no layout, and so cannot
+    /// tell what no chunk covers from what is absent.
+    pub fn may_lack(&self, core: &Core, range: &Range<u64>) -> bool {
+        match self {
+            Cache::Object { object, .. } => object.has_hole(core, range),
+            Cache::Segments(segments) => segments.may_lack(range),
+        }
+    }
+
     /// Whether two chunks in a row may be filled with one write.
     pub fn share_a_write(&self, first: ChunkIndex, second: ChunkIndex) -> bool {
         match self {
@@ -191,6 +200,13 @@ impl Segments {
             file.release(core);
         }
         first.map(|first| first..plan.chunks.end)
+    }
+
+    fn may_lack(&self, range: &Range<u64>) -> bool {
+        let plans = self.plan.segments().zip(&self.files);
+        plans
+            .filter(|(plan, _)| plan.base < range.end && range.start < plan.base + plan.size)
+            .any(|(_, file)| !file.is_complete())
     }
 
     fn state(&self, layout: &Layout, chunk: ChunkIndex) -> ChunkState {

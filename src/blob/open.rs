@@ -54,6 +54,11 @@ impl OpenBlob {
         &self.image.blobs[self.blob_index as usize].id
     }
 
+    /// Bytes of its address space.
+    pub fn size(&self) -> u64 {
+        self.image.blobs[self.blob_index as usize].uncompressed_size_bytes
+    }
+
     /// Image and blob, as log lines name them.
     pub fn name(&self) -> String {
         format!("image {}/{}, blob {}", self.image.domain_id, self.image.id, self.id())

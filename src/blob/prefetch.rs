@@ -117,21 +117,26 @@ impl Crew {
         if !self.is_attached(blob, deadline_ns).await {
             return true;
         }
+        let mut ranges = match part {
+            Part::Touched => blob.image.touches.known_ranges(blob.blob_index),
+            Part::Whole => std::iter::once(0..blob.size()).collect(),
+            Part::Listed => self.listed(blob).await.unwrap_or_else(|error| {
+                let text = || format!("{}: its prefetch list: {error}", blob.name());
+                self.parts.journal.write(Level::Warn, text);
+                Vec::new()
+            }),
+        };
+        // Before the layout is asked for, which may have to come from the registry.
+        ranges.retain(|range| blob.cache.may_lack(&self.core, range));
+        if ranges.is_empty() {
+            return false;
+        }
         let layout = match self.layout(blob, &(0..0), deadline_ns).await {
             Ok(layout) => layout,
             Err(error) => {
                 self.parts.journal.error(format!("prefetch: {error}"));
                 return true;
             }
-        };
-        let ranges = match part {
-            Part::Touched => blob.image.touches.known_ranges(blob.blob_index),
-            Part::Whole => std::iter::once(0..layout.uncompressed_size()).collect(),
-            Part::Listed => self.listed(blob).await.unwrap_or_else(|error| {
-                let text = || format!("{}: its prefetch list: {error}", blob.name());
-                self.parts.journal.write(Level::Warn, text);
-                Vec::new()
-            }),
         };
         for range in ranges {
             if self.prefetch_range(blob, &layout, range).await {
