@@ -17,8 +17,8 @@ use super::plan::{Run, extent};
 use super::statistics::Counter;
 use super::workbench::{Batch, Job, Workbench};
 use crate::config::{
-    BODY_TRIES, DECODE_INLINE_MAX_BYTES, DIGEST_TRIES, FETCHERS_PER_ROUTE, FILL_TRIES,
-    MILLISECOND_NS, PACE_REQUEST_MAX_BYTES, RANGE_LEASE_SIZE, ROOM_MIN_BYTES,
+    BODY_RETRY_PAUSES_NS, DECODE_INLINE_MAX_BYTES, DIGEST_TRIES, FETCHERS_PER_ROUTE, FILL_TRIES,
+    PACE_REQUEST_MAX_BYTES, RANGE_LEASE_SIZE, ROOM_MIN_BYTES,
 };
 use crate::engine::offload::Errand;
 use crate::engine::{Class, CoreId, Lane, Lease};
@@ -149,17 +149,20 @@ impl Crew {
         while attempt.next < attempt.end {
             attempt.is_logged = false;
             let Err(error) = self.land(attempt).await else { continue };
-            tries += 1;
             let is_over = self.core.now() >= deadline_ns || self.gate.is_closed();
-            if !error.is_transient() || tries >= BODY_TRIES || is_over {
-                if !attempt.is_logged {
-                    let (name, Attempt { next, end, .. }) = (attempt.plan.blob.name(), attempt);
-                    self.parts.journal.error(format!("{name}, units {next}..{end}: {error}"));
+            let pause_ns = match BODY_RETRY_PAUSES_NS.get(tries) {
+                Some(pause_ns) if error.is_transient() && !is_over => pause_ns,
+                _ => {
+                    if !attempt.is_logged {
+                        let (name, Attempt { next, end, .. }) = (attempt.plan.blob.name(), attempt);
+                        self.parts.journal.error(format!("{name}, units {next}..{end}: {error}"));
+                    }
+                    return;
                 }
-                return;
-            }
+            };
+            tries += 1;
             self.parts.counters.count(Counter::Retries);
-            let pause_ns = (10 << tries) * MILLISECOND_NS + self.core.random() % MILLISECOND_NS;
+            let pause_ns = pause_ns + self.core.random() % (pause_ns / 2);
             let wake_ns = (self.core.now() + pause_ns).min(deadline_ns);
             // A sleep ends by its time, whatever happens.
             let _ = self.core.sleep_until(wake_ns).await;

@@ -4,6 +4,7 @@
 //! leaves the machine as it was, except for the bootstrap, which is kept as a cache.
 
 use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use clap::Args;
 use serde_json::{Value, json};
@@ -38,7 +39,8 @@ pub struct Options {
     bootstrap: Option<PathBuf>,
     #[command(flatten)]
     place: Place,
-    /// The image's id (EROFS's fsid); made from the bootstrap's digest if absent.
+    /// The image's id (EROFS's fsid); made from the bootstrap's digest if absent, and new with
+    /// --trace.
     #[arg(long, value_name = "ID")]
     id: Option<String>,
     /// Share blobs with the other images of this domain (Linux 6.1 or later).
@@ -73,7 +75,12 @@ pub fn run(options: &Options, out: &mut Output) -> Result<Verdict> {
     };
     check_named(&source.bootstrap)?;
     let stored = bootstraps::store(&options.state_dir, &source.bootstrap)?;
-    let fsid = options.id.clone().unwrap_or_else(|| format!("sluice-{}", &stored.digest[..16]));
+    let fsid = options.id.clone().unwrap_or_else(|| {
+        let usual = format!("sluice-{}", &stored.digest[..16]);
+        // What the kernel's cache holds of an id it does not ask for, and so it is not recorded.
+        let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |it| it.as_secs());
+        if options.trace.is_some() { format!("{usual}-{seconds}") } else { usual }
+    });
     check_name("--id", &fsid)?;
     if let Some(domain) = &options.domain {
         check_name("--domain", domain)?;

@@ -30,8 +30,11 @@ pub const GET_MAX_BYTES: u64 = MIB as u64;
 pub const GET_GAP_MAX_BYTES: u64 = 16 * KIB as u64;
 /// Tries for a unit whose bytes came and were wrong; another mirror may have right ones.
 pub const DIGEST_TRIES: u32 = 3;
-/// Tries for a body that broke off after its head was right.
-pub const BODY_TRIES: u32 = 4;
+/// Pauses before a body that broke off after its head was right is asked for again, from where it
+/// broke off; up to half as much is added. The first is short: one connection that breaks says
+/// nothing about the next.
+pub const BODY_RETRY_PAUSES_NS: [u64; 4] =
+    [2 * MILLISECOND_NS, 20 * MILLISECOND_NS, 40 * MILLISECOND_NS, 80 * MILLISECOND_NS];
 /// Units above this many decoded bytes are decoded on a helper thread.
 pub const DECODE_INLINE_MAX_BYTES: usize = 128 * KIB;
 /// How long a fault waits for news before it looks at the map again, should a message be lost.

@@ -52,10 +52,12 @@ pub const REGISTRY_REDIRECT_LIFE_DEFAULT_NS: u64 = 60 * SECOND_NS;
 pub const REGISTRY_REDIRECT_LIFE_NS_MAX: u64 = 3600 * SECOND_NS;
 
 /// Tries of one request beyond one per source, at least.
-pub const REGISTRY_RETRY_COUNT_MIN: u32 = 2;
+pub const REGISTRY_RETRY_COUNT_MIN: u32 = 3;
 /// Tries of one request beyond one per source, whatever retry_limit says.
 pub const REGISTRY_RETRY_COUNT_MAX: u32 = 10;
-/// The first pause between tries; it doubles, and half of it is random.
+/// The first pause between tries: one failure among many says nothing about the next request.
+pub const REGISTRY_RETRY_PAUSE_NS_FIRST: u64 = 4 * MILLISECOND_NS;
+/// The second pause between tries; it doubles from there. Of every pause half is random.
 pub const REGISTRY_RETRY_PAUSE_NS: u64 = 50 * MILLISECOND_NS;
 /// The longest pause between tries that we choose ourselves.
 pub const REGISTRY_RETRY_PAUSE_NS_MAX: u64 = 2 * SECOND_NS;

@@ -354,9 +354,7 @@ pub fn is_worth_retrying(error: &Error) -> bool {
 /// Waits before the next round: what the server asked for, else a growing time of which half is
 /// random. False, without waiting, when the deadline would pass first.
 pub async fn pause(core: &Core, error: &Error, round: u32, deadline_ns: u64) -> bool {
-    let own_ns =
-        (limits::REGISTRY_RETRY_PAUSE_NS << round.min(16)).min(limits::REGISTRY_RETRY_PAUSE_NS_MAX);
-    let jittered_ns = own_ns / 2 + core.random() % (own_ns / 2).max(1);
+    let jittered_ns = own_pause_ns(round, core.random());
     let pause_ns = match error {
         Error::Unavailable { retry_after_ms: Some(asked_ms), .. } => {
             jittered_ns.max(asked_ms.saturating_mul(limits::MILLISECOND_NS))
@@ -370,4 +368,32 @@ pub async fn pause(core: &Core, error: &Error, round: u32, deadline_ns: u64) -> 
     // The sleep ends by its own deadline, which is its purpose.
     let _ = core.sleep_until(until_ns).await;
     true
+}
+
+fn own_pause_ns(round: u32, random: u64) -> u64 {
+    let whole_ns = match round.checked_sub(1) {
+        None => limits::REGISTRY_RETRY_PAUSE_NS_FIRST,
+        Some(doublings) => limits::REGISTRY_RETRY_PAUSE_NS << doublings.min(16),
+    };
+    let half_ns = whole_ns.min(limits::REGISTRY_RETRY_PAUSE_NS_MAX) / 2;
+    half_ns + random % half_ns
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::MILLISECOND_NS;
+
+    #[test]
+    fn pauses_begin_short_and_grow_up_to_a_limit() {
+        let between = |round| {
+            let halves = [0, u64::MAX].map(|random| own_pause_ns(round, random));
+            (own_pause_ns(round, 0), halves[1] < 2 * halves[0])
+        };
+        let expected_ms = [2, 25, 50, 100, 200, 400, 800, 1000, 1000];
+        for (round, half_ms) in expected_ms.into_iter().enumerate() {
+            assert_eq!(between(round as u32), (half_ms * MILLISECOND_NS, true), "{round}");
+        }
+        assert_eq!(between(u32::MAX), (1000 * MILLISECOND_NS, true));
+    }
 }

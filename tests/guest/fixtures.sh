@@ -59,6 +59,45 @@ one_step_reference() {
         same_tree /mnt/two /fixtures/small/tree.txt
 }
 
+# What a start reads, in an order of its own, whatever the node has of the image already.
+STARTS_WITH=(big/text-7m sizes/1048577 big/random-5m)
+
+start_in() { # PLACE
+    local file
+    for file in "${STARTS_WITH[@]}"; do
+        cat "$1/$file" >/dev/null || return 1
+    done
+}
+
+traced_start() {
+    mkdir -p /mnt/traced
+    sluice mount --apisock "$SOCKET" --plain-http --state-dir /cache/state --trace /tmp/start.jsonl \
+        "$HOST/fixtures/zstd-64k:small" /mnt/traced && start_in /mnt/traced && umount_forgets /mnt/traced || return 1
+    paths_of /tmp/start.jsonl | diff - <(printf '%s\n' "${STARTS_WITH[@]}")
+}
+
+paths_of() { # TRACE
+    python3 -c 'import json, sys; print(*dict.fromkeys(json.loads(line)["path"] for line in open(sys.argv[1])), sep="\n")' "$1"
+}
+
+# The image that is made of it comes by itself, and nobody waits for it.
+optimised_start() {
+    local image=$HOST/fixtures/zstd-64k before all
+    sluice optimize --plain-http --trace /tmp/start.jsonl --tag fast "$image:small" || return 1
+    all=$(sluice inspect --json --plain-http "$image:fast" | python3 -c 'import json, sys; print(json.load(sys.stdin)["chunks"]["count"])')
+    all=$((all + $(counter chunks_filled)))
+    mkdir -p /mnt/fast
+    sluice mount --apisock "$SOCKET" --plain-http --state-dir /cache/state --prefetch "$image:fast" /mnt/fast || return 1
+    wait_for "the whole image" has_filled "$all" || return 1
+    before=$(requests_seen)
+    start_in /mnt/fast && asked_nothing_since "$before" && same_tree /mnt/fast /fixtures/small/tree.txt &&
+        asked_nothing_since "$before" && umount_forgets /mnt/fast
+}
+
+has_filled() { # CHUNKS
+    [ "$(counter chunks_filled)" -ge "$1" ]
+}
+
 images_show_mounts() {
     sluice images --apisock "$SOCKET" | tee /tmp/images
     grep -q /mnt/one /tmp/images && grep -q /mnt/two /tmp/images
@@ -101,6 +140,8 @@ check "sluice check --registry" sluice check /fixtures/small/zstd-64k/image.boot
 check "sluice umount of the first" umount_forgets /mnt/one
 check "sluice umount of the second" umount_forgets /mnt/two
 fails "sluice umount of what is not mounted" sluice umount --apisock "$SOCKET" /mnt/two
+check "a start is recorded" traced_start
+check "the image optimised for it is prefetched" optimised_start
 check "the socket is the owner's alone" test "$(stat -c %a "$SOCKET")" = 600
 check "the daemon stops at the end" daemon_stop
 if [ "$DOOR" = cachefiles ]; then option=--fscache; else option=--cache; fi
