@@ -18,6 +18,7 @@ use super::mount_wish::MountWish;
 use super::mounts::{Mounted, Mounts, Place};
 use super::recording::Recordings;
 use super::reply::{self, Identity, Response};
+use super::sealer::monotonic_ns;
 use super::starts::Starts;
 use super::state::{Event, StateMachine};
 use super::statistics::Statistics;
@@ -218,14 +219,19 @@ impl ControlPlane {
             }
             None => self.register(wish.entry, &wish.body)?,
         };
+        // Before anything is fetched for it.
+        let trace = trace.map(|file| (file, self.catalog.recorder.begin(&image, monotonic_ns())));
         if let Err(error) = self.mounts.mount(&image, &at, peer, door) {
+            if let Some((_, recording)) = trace {
+                self.catalog.recorder.end(&recording);
+            }
             if !is_mounted {
                 self.unregister(&image.domain_id, &image.id)?;
             }
             return Err(error);
         }
-        if let Some(file) = trace {
-            self.begin_recording(&image, &at, file);
+        if let Some((file, recording)) = trace {
+            self.keep_recording(&at, file, recording);
         }
         let (id, domain_id) = (&image.id, &image.domain_id);
         self.journal.write(Level::Info, || {

@@ -12,7 +12,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::control::ControlPlane;
 use super::mounts::Place;
-use super::sealer::monotonic_ns;
 use super::touched_files;
 use crate::blob::journal::Level;
 use crate::blob::recorder::{Faults, Recording};
@@ -37,9 +36,8 @@ impl ControlPlane {
         mounting::create_file(path, peer)
     }
 
-    /// Records an image that has been mounted, from now on.
-    pub(super) fn begin_recording(&self, image: &Arc<Image>, at: &Place, file: File) {
-        let recording = self.catalog.recorder.begin(image, monotonic_ns());
+    /// Goes on recording an image that has been mounted, until it is unmounted.
+    pub(super) fn keep_recording(&self, at: &Place, file: File, recording: Arc<Recording>) {
         let mut recordings = self.recordings.0.lock().unwrap_or_else(PoisonError::into_inner);
         recordings.push((at.clone(), file, recording));
         drop(recordings);

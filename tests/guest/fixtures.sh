@@ -73,7 +73,7 @@ traced_start() {
     mkdir -p /mnt/traced
     sluice mount --apisock "$SOCKET" --plain-http --state-dir /cache/state --trace /tmp/start.jsonl \
         "$HOST/fixtures/zstd-64k:small" /mnt/traced && start_in /mnt/traced && umount_forgets /mnt/traced || return 1
-    paths_of /tmp/start.jsonl | diff - <(printf '%s\n' "${STARTS_WITH[@]}")
+    paths_of /tmp/start.jsonl | diff - <(printf '/%s\n' "${STARTS_WITH[@]}")
 }
 
 paths_of() { # TRACE

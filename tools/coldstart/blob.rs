@@ -17,6 +17,8 @@ use crate::plan::{Operation, Random};
 /// Readers of the image whose registry is dead.
 pub const BESIDE_READERS: usize = 4;
 const BESIDE_DOMAIN: &str = "beside";
+/// How long the dead registry's readers have waited before anything is measured: an outage lasts.
+const BESIDE_BEFORE: Duration = Duration::from_secs(1);
 const BESIDE_READ_BYTES: u64 = 4096;
 
 /// How the other image's registry is dead.
@@ -136,7 +138,7 @@ impl<'a> Beside<'a> {
         Ok(Beside { kernel: &daemon.kernel, object, first_reader, _listener: listener })
     }
 
-    /// Keeps its readers reading while `during` runs, then calls them off.
+    /// Keeps its readers reading for a while and while `during` runs, then calls them off.
     pub fn while_read<T>(&self, during: impl FnOnce() -> T) -> T {
         let is_over = AtomicBool::new(false);
         std::thread::scope(|scope| {
@@ -144,6 +146,7 @@ impl<'a> Beside<'a> {
                 let is_over = &is_over;
                 scope.spawn(move || self.read_until(reader, is_over));
             }
+            std::thread::sleep(BESIDE_BEFORE);
             let result = during();
             is_over.store(true, Ordering::Relaxed);
             let readers = self.first_reader..self.first_reader + BESIDE_READERS;

@@ -21,5 +21,7 @@ layers = [repository.upload(Path(path).read_bytes(), 'application/vnd.oci.image.
                             {'containerd.io/snapshot/nydus-blob': 'true'}) for path in blobs]
 layers.append(repository.upload(bootstrap_layer(), 'application/vnd.oci.image.layer.v1.tar+gzip',
                                 {'containerd.io/snapshot/nydus-bootstrap': 'true'}))
-config = {'architecture': 'amd64', 'os': 'linux', 'rootfs': {'type': 'layers', 'diff_ids': []}}
+# A blob has no plain form of its own; what stands for it in the configuration nobody unpacks.
+diff_ids = [layer['digest'] for layer in layers]
+config = {'architecture': 'amd64', 'os': 'linux', 'rootfs': {'type': 'layers', 'diff_ids': diff_ids}}
 repository.tag(tag, layers, config, 'application/vnd.oci.image.manifest.v1+json', 'application/vnd.oci.image.config.v1+json')
