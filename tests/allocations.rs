@@ -27,20 +27,23 @@ fn cold_faults_allocate_nothing_after_start() {
     let node = Node::start(cache.path(), &options);
     node.register(&truth, registry.address(), &options);
     let object = node.open(&truth);
-    // Every third chunk, far apart, so that no read-ahead covers those that are counted.
-    let chunks: Vec<_> = truth.chunks().collect();
-    let (warm, cold): (Vec<_>, Vec<_>) = chunks.iter().partition(|chunk| chunk.0 % 3 == 0);
     let read = |chunk| {
         let range = truth.range(chunk);
         let got = node.kernel.read(&object, range.clone()).expect("a healthy registry");
         assert!(got == truth.bytes[range.start as usize..range.end as usize]);
     };
-    warm.into_iter().rev().for_each(read);
-    let before = node.count(Counter::ChunksFilled);
-    let cold: Vec<_> = cold.into_iter().rev().collect();
-    let allocations = counted(&threads("core-"), || cold.into_iter().for_each(read));
-    let filled = node.count(Counter::ChunksFilled) - before;
-    assert!(filled > 50, "only {filled} chunks were cold");
-    let bytes = BYTES.load(Ordering::Relaxed);
-    assert_eq!(allocations, 0, "{allocations} allocations, {bytes} bytes, in {filled} cold faults");
+    // A core's first fault makes what it keeps, and which core serves which fault is chance: so with
+    // two cores one of the rounds behind the first is quiet.
+    let mut seen = Vec::new();
+    for round in 0..3 {
+        // Every third chunk, far apart, so that no read-ahead covers those that are counted.
+        let cold: Vec<_> = truth.chunks().filter(|chunk| chunk.0 % 3 == round).collect();
+        let before = node.count(Counter::ChunksFilled);
+        let allocations = counted(&threads("core-"), || cold.into_iter().rev().for_each(read));
+        let filled = node.count(Counter::ChunksFilled) - before;
+        assert!(filled > 50, "only {filled} chunks were cold");
+        seen.push((allocations, BYTES.load(Ordering::Relaxed), filled));
+    }
+    let is_quiet = seen[1..].iter().any(|&(allocations, ..)| allocations == 0);
+    assert!(is_quiet, "allocations, their bytes so far, and cold faults of each round: {seen:?}");
 }
