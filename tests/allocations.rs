@@ -32,7 +32,7 @@ fn cold_faults_allocate_nothing_after_start() {
         let got = node.kernel.read(&object, range.clone()).expect("a healthy registry");
         assert!(got == truth.bytes[range.start as usize..range.end as usize]);
     };
-    // A core's first fault makes what it keeps, and which core serves which fault is chance: so with
+    // A core's first fault makes what it keeps, and which core serves which fault is chance: with
     // two cores one of the rounds behind the first is quiet.
     let mut seen = Vec::new();
     for round in 0..3 {
