@@ -203,10 +203,7 @@ impl Segments {
     }
 
     fn may_lack(&self, range: &Range<u64>) -> bool {
-        let plans = self.plan.segments().zip(&self.files);
-        plans
-            .filter(|(plan, _)| plan.base < range.end && range.start < plan.base + plan.size)
-            .any(|(_, file)| !file.is_complete())
+        self.plan.places_within(range).any(|place| !self.files[place as usize].is_complete())
     }
 
     fn state(&self, layout: &Layout, chunk: ChunkIndex) -> ChunkState {

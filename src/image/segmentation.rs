@@ -152,6 +152,17 @@ impl Segmentation {
         self.place_of_number(u32::try_from(offset >> self.shift).ok()?)
     }
 
+    /// The places of the segments whose files have a part of a range of the address space.
+    pub fn places_within(&self, range: &Range<u64>) -> Range<u32> {
+        let base = |segment: &Segment| u64::from(segment.number) << self.shift;
+        // Chunks do not overlap: files end in the order in which they begin.
+        let ends_before =
+            |segment: &Segment| base(segment) + u64::from(segment.size) <= range.start;
+        let first = self.segments.partition_point(ends_before);
+        let end = self.segments.partition_point(|segment| base(segment) < range.end);
+        first as u32..end as u32
+    }
+
     /// Bytes this occupies.
     pub fn memory_bytes(&self) -> usize {
         self.segments.capacity() * size_of::<Segment>()

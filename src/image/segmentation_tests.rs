@@ -97,6 +97,16 @@ fn every_listed_chunk_of_every_fixture_is_in_the_segment_it_starts_in() {
             }
             assert_eq!(cut.segments().map(|plan| plan.size).collect::<Vec<_>>(), sizes);
             assert_eq!(cut.memory_bytes(), 32 * sizes.len());
+            for start in (0..blob.uncompressed_size + 100_000).step_by(50_021) {
+                for range in [start..start + 1, start..start + 300_000] {
+                    let has_part = |place: &u32| {
+                        let plan = cut.segment(*place);
+                        plan.base < range.end && range.start < plan.base + plan.size
+                    };
+                    let expected: Vec<_> = (0..cut.count()).filter(has_part).collect();
+                    assert_eq!(cut.places_within(&range).collect::<Vec<_>>(), expected);
+                }
+            }
         }
     }
 }
