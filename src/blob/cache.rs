@@ -227,7 +227,8 @@ impl Segments {
         let last = layout.chunk(ChunkIndex(row.chunks.end - 1));
         file.publish(core, end_of(&last) - plan.base);
         if file.is_complete() {
-            file.release(core);
+            // The claim stays until the flight ends: given back here, another flight of this core
+            // could have it by then (evicted, asked for again), and lose it to that end.
             file.directory.has_completed(file);
         }
         row.chunks.len() as u32

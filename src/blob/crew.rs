@@ -111,8 +111,8 @@ pub struct Crew {
     pub stopping: Notify,
     /// Woken when a chunk claimed by another core has settled.
     pub news: Notify,
-    /// Routes of the flights that fetchers hold, for the limit per route.
-    pub busy_routes: RefCell<Vec<usize>>,
+    /// Hosts of the flights that fetchers hold, for the limit per host.
+    pub busy_hosts: RefCell<Vec<(u64, Lane)>>,
 }
 
 impl Crew {
@@ -134,7 +134,7 @@ impl Crew {
             gate: Gate::default(),
             stopping: Notify::default(),
             news: Notify::default(),
-            busy_routes: RefCell::new(Vec::with_capacity(DEMAND_FETCHERS + AHEAD_FETCHERS)),
+            busy_hosts: RefCell::new(Vec::with_capacity(DEMAND_FETCHERS + AHEAD_FETCHERS)),
         })
     }
 
@@ -257,12 +257,10 @@ impl Crew {
             let is_open = |plan: &Plan| blob.cache.state(&plan.layout, waiter.chunk) == claimed;
             self.flights.matches(id, is_open)
         };
-        let flight = flight.filter(|&id| is_open(id));
-        if let Some(id) = flight {
+        if let Some(id) = flight.filter(|&id| is_open(id)) {
             self.promote(id);
-        }
-        let is_enlisted = flight.is_some_and(|id| self.flights.add_remote(id, waiter));
-        if !is_enlisted {
+            self.flights.add_remote(id, waiter);
+        } else {
             let _ = self.parts.cores[usize::from(waiter.core.0)].send(Mail::Settled);
         }
     }

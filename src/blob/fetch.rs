@@ -8,6 +8,7 @@
 use std::ops::Range;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use super::crew::Crew;
 use super::flight::{FlightId, Plan};
@@ -17,7 +18,7 @@ use super::plan::{Run, extent};
 use super::statistics::Counter;
 use super::workbench::{Batch, Job, Workbench};
 use crate::config::{
-    BODY_RETRY_PAUSES_NS, DECODE_INLINE_MAX_BYTES, DIGEST_TRIES, FETCHERS_PER_ROUTE, FILL_TRIES,
+    BODY_RETRY_PAUSES_NS, DECODE_INLINE_MAX_BYTES, DIGEST_TRIES, FETCHERS_PER_HOST, FILL_TRIES,
     PACE_REQUEST_MAX_BYTES, RANGE_LEASE_SIZE, ROOM_MIN_BYTES,
 };
 use crate::engine::offload::Errand;
@@ -85,7 +86,7 @@ impl Crew {
         };
         loop {
             let has_room = |&id: &FlightId| {
-                self.flights.matches(id, |plan| self.has_fetchers_left(route_key(plan, lane), lane))
+                self.flights.matches(id, |plan| self.has_fetchers_left(plan.blob.route.host, lane))
             };
             let id = queue.pop(&self.core, has_room).await;
             // One that was promoted flies as what it has become.
@@ -95,32 +96,36 @@ impl Crew {
                 plan.cause = Cause::Demand;
             }
             self.record_step(&plan.blob, plan.cause, Step::Queue, plan.planned_ns);
-            let key = route_key(&plan, lane);
-            self.busy_routes.borrow_mut().push(key);
-            self.fly(id, &plan).await;
+            let key = (plan.blob.route.host, lane);
+            self.busy_hosts.borrow_mut().push(key);
+            let is_whole = self.fly(id, &plan).await;
             if is_prefetch {
                 let range = &plan.run.compressed;
                 plan.blob.route.pace.landed(range.end - range.start);
+                plan.blob.prefetch_has_failed.fetch_or(!is_whole, Ordering::Relaxed);
             }
-            let mut busy = self.busy_routes.borrow_mut();
+            let mut busy = self.busy_hosts.borrow_mut();
             let place = busy.iter().position(|&other| other == key);
             busy.swap_remove(place.expect("pushed above"));
         }
     }
 
-    fn has_fetchers_left(&self, key: usize, lane: Lane) -> bool {
-        let busy = self.busy_routes.borrow();
-        busy.iter().filter(|&&other| other == key).count() < FETCHERS_PER_ROUTE[lane as usize]
+    fn has_fetchers_left(&self, host: u64, lane: Lane) -> bool {
+        let busy = self.busy_hosts.borrow();
+        let count = busy.iter().filter(|&&other| other == (host, lane)).count();
+        count < FETCHERS_PER_HOST[lane as usize]
     }
 
-    async fn fly(self: &Rc<Self>, id: FlightId, plan: &Plan) {
+    /// Says whether all of it came.
+    async fn fly(self: &Rc<Self>, id: FlightId, plan: &Plan) -> bool {
         let _inside = self.gate.enter(&self.core);
         let units = plan.run.units.clone();
         let mut attempt = Attempt::new(id, plan, units);
         self.fetch_run(&mut attempt).await;
+        let mut is_whole = attempt.next == attempt.end;
         let failed = std::mem::take(&mut attempt.failed);
         for unit in failed {
-            self.fetch_again(id, plan, unit).await;
+            is_whole &= self.fetch_again(id, plan, unit).await;
         }
         plan.blob.cache.release(plan.run.chunks.clone(), self.id());
         self.announce(id, plan);
@@ -128,18 +133,20 @@ impl Crew {
             self.record_step(&plan.blob, plan.cause, Step::Whole, plan.planned_ns);
         }
         self.flights.end(id);
+        is_whole
     }
 
-    /// Fetches one unit alone whose bytes were wrong the first time.
-    async fn fetch_again(self: &Rc<Self>, id: FlightId, plan: &Plan, unit: u32) {
+    /// Fetches one unit alone whose bytes were wrong the first time; says whether they came.
+    async fn fetch_again(self: &Rc<Self>, id: FlightId, plan: &Plan, unit: u32) -> bool {
         for _ in 1..DIGEST_TRIES {
             let mut attempt = Attempt::new(id, plan, unit..unit + 1);
             self.parts.counters.count(Counter::Retries);
             self.fetch_run(&mut attempt).await;
             if attempt.failed.is_empty() {
-                return;
+                return attempt.next == attempt.end;
             }
         }
+        false
     }
 
     /// Lands units until none is left; a body that breaks off is asked for again from there.
@@ -243,6 +250,9 @@ impl Crew {
             let batch = Batch::longest(layout, attempt.next, end, start, landed_end, room);
             let settled;
             (landing, settled) = self.settle_batch(attempt, landing, batch).await;
+            if !landing.bench.failures.is_empty() {
+                body.blame(&self.core);
+            }
             if let Err(error) = settled {
                 return (landing, Err(error));
             }
@@ -355,10 +365,4 @@ impl Crew {
         let class = if class == Class::Wire { Class::Range } else { class };
         Ok(self.core.lease_for(lane, class).await)
     }
-}
-
-/// A number that is the same for flights of one route and lane.
-fn route_key(plan: &Plan, lane: Lane) -> usize {
-    // Routes are interned and aligned, so the lowest bit is free for the lane.
-    Arc::as_ptr(&plan.blob.route) as usize | usize::from(lane == Lane::Background)
 }

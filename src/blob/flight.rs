@@ -49,7 +49,36 @@ pub struct RemoteWaiter {
 struct Place {
     plan: RefCell<Option<Plan>>,
     settled: Notify,
-    remote: RefCell<Vec<RemoteWaiter>>,
+    remote: RefCell<RemoteWaiters>,
+}
+
+/// Who waits on other cores, each once however often it asks.
+#[derive(Debug, Default)]
+struct RemoteWaiters(Vec<RemoteWaiter>);
+
+impl RemoteWaiters {
+    /// When too many wait, one more is not told, and looks again by time: telling it at once would
+    /// only make it ask again.
+    fn add(&mut self, waiter: RemoteWaiter) {
+        if self.0.len() < REMOTE_WAITERS && !self.0.contains(&waiter) {
+            self.0.push(waiter);
+        }
+    }
+
+    /// Takes out those whose chunk `is_settled` and tells them.
+    fn tell(
+        &mut self,
+        is_settled: impl Fn(ChunkIndex) -> bool,
+        mut tell: impl FnMut(RemoteWaiter),
+    ) {
+        self.0.retain(|waiter| {
+            let settled = is_settled(waiter.chunk);
+            if settled {
+                tell(*waiter);
+            }
+            !settled
+        });
+    }
 }
 
 /// The flights of one core.
@@ -64,7 +93,7 @@ impl Default for Flights {
         let place = |_| Place {
             plan: RefCell::new(None),
             settled: Notify::default(),
-            remote: RefCell::new(Vec::new()),
+            remote: RefCell::default(),
         };
         Flights {
             places: (0..FLIGHT_SLOTS).map(place).collect(),
@@ -109,14 +138,9 @@ impl Flights {
         &self.place(id).settled
     }
 
-    /// Adds somebody on another core; false when too many wait.
-    pub fn add_remote(&self, id: FlightId, waiter: RemoteWaiter) -> bool {
-        let mut remote = self.place(id).remote.borrow_mut();
-        let has_room = remote.len() < REMOTE_WAITERS;
-        if has_room {
-            remote.push(waiter);
-        }
-        has_room
+    /// Adds somebody on another core.
+    pub fn add_remote(&self, id: FlightId, waiter: RemoteWaiter) {
+        self.place(id).remote.borrow_mut().add(waiter);
     }
 
     /// Wakes this core's waiters; takes out those of other cores whose chunk `is_settled`.
@@ -125,23 +149,17 @@ impl Flights {
         core: &Core,
         id: FlightId,
         is_settled: impl Fn(ChunkIndex) -> bool,
-        mut tell: impl FnMut(RemoteWaiter),
+        tell: impl FnMut(RemoteWaiter),
     ) {
         self.settled(id).wake_all(core);
-        self.place(id).remote.borrow_mut().retain(|waiter| {
-            let settled = is_settled(waiter.chunk);
-            if settled {
-                tell(*waiter);
-            }
-            !settled
-        });
+        self.place(id).remote.borrow_mut().tell(is_settled, tell);
     }
 
     /// Ends a flight; everybody has been woken.
     pub fn end(&self, id: FlightId) {
         let plan = self.place(id).plan.borrow_mut().take();
         assert!(plan.is_some(), "a flight ends once");
-        self.place(id).remote.borrow_mut().clear();
+        self.place(id).remote.borrow_mut().0.clear();
         self.free.borrow_mut().push(id);
         self.live_count.set(self.live_count.get() - 1);
     }
@@ -153,5 +171,26 @@ impl Flights {
 
     fn place(&self, id: FlightId) -> &Place {
         &self.places[id.0 as usize]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn waiter(core: u8, chunk: u32) -> RemoteWaiter {
+        RemoteWaiter { core: CoreId(core), chunk: ChunkIndex(chunk) }
+    }
+
+    #[test]
+    fn one_who_asks_again_and_again_is_told_once_and_leaves_room_for_others() {
+        let mut waiters = RemoteWaiters::default();
+        (0..2 * REMOTE_WAITERS).for_each(|_| waiters.add(waiter(1, 7)));
+        waiters.add(waiter(2, 7));
+        waiters.add(waiter(1, 8));
+        let mut told = Vec::new();
+        waiters.tell(|chunk| chunk == ChunkIndex(7), |waiter| told.push(waiter));
+        assert_eq!(told, [waiter(1, 7), waiter(2, 7)]);
+        assert_eq!(waiters.0, [waiter(1, 8)]);
     }
 }

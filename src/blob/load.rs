@@ -186,7 +186,6 @@ impl Crew {
         }
         let id = context_blob(&blob.image, record)?;
         let mut bytes = Vec::with_capacity(size);
-        let mut lease = self.core.lease_for(Lane::Demand, Class::Range).await;
         let mut at = range.start;
         while at < range.end {
             let part = at..range.end.min(at + RANGE_LEASE_SIZE as u64);
@@ -195,6 +194,9 @@ impl Crew {
             let (core, lane) = (&self.core, Lane::Demand);
             let mut body =
                 client.open(core, &blob.route, blob_ref, part.clone(), deadline_ns, lane).await?;
+            // Not before something arrives: a dead registry would hold all leases.
+            let _landing = self.landings.acquire(core).await;
+            let mut lease = core.lease_for(lane, Class::Range).await;
             let mut landed = 0;
             while landed < size {
                 let got;

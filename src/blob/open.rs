@@ -25,6 +25,8 @@ pub struct OpenBlob {
     pub streams: Streams,
     /// Set once the kernel has closed the object: no new fetch begins.
     pub is_closed: AtomicBool,
+    /// A fetch of prefetch has failed since prefetch last looked.
+    pub prefetch_has_failed: AtomicBool,
     layout: RwLock<Option<Arc<Layout>>>,
     is_loading: AtomicBool,
     /// Whether the map knows what the cache held already.
@@ -44,6 +46,7 @@ impl OpenBlob {
             cache,
             streams: Streams::default(),
             is_closed: AtomicBool::new(false),
+            prefetch_has_failed: AtomicBool::new(false),
             layout: RwLock::new(None),
             is_loading: AtomicBool::new(false),
         }

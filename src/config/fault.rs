@@ -14,8 +14,9 @@ pub const FLIGHT_SLOTS: usize = 512;
 pub const DEMAND_FETCHERS: usize = 96;
 /// Tasks that fetch ahead.
 pub const AHEAD_FETCHERS: usize = 24;
-/// Fetchers of a lane one route may hold, so that dead registries leave room for healthy ones.
-pub const FETCHERS_PER_ROUTE: [usize; 2] =
+/// Fetchers of a lane one host may hold, so that dead registries leave room for healthy ones. More
+/// would only wait for its connections.
+pub const FETCHERS_PER_HOST: [usize; 2] =
     [REGISTRY_DEMAND_CONNECTION_COUNT_MAX, REGISTRY_BACKGROUND_CONNECTION_COUNT_MAX];
 /// Fetches whose body is arriving: each holds a range lease for what arrives and one for the
 /// result.
@@ -61,8 +62,19 @@ pub const AHEAD_GAP_BYTES: u64 = 64 * KIB as u64;
 pub const LAYOUT_LOOK_NS: u64 = MILLISECOND_NS;
 /// Blobs whose prefetch is in progress or waiting.
 pub const PREFETCH_QUEUE: usize = 256;
-/// Runs of prefetch waiting for a fetcher.
+/// Runs of prefetch, of one host, waiting for a fetcher.
 pub const PREFETCH_AHEAD: usize = 4;
+/// The least that one step of prefetch looks at, whatever an image's configuration says.
+pub const PREFETCH_STEP_MIN_BYTES: u64 = 64 * KIB as u64;
+/// How long prefetch of a blob waits for its route while blobs of other hosts wait for their turn.
+pub const PREFETCH_TURN_NS: u64 = 50 * MILLISECOND_NS;
+/// How long prefetch waits for a layout that has to come from the registry.
+pub const PREFETCH_LAYOUT_NS: u64 = 5 * SECOND_NS;
+/// How often prefetch of a blob begins anew after failures, and the first pause; each further one
+/// is twice as long.
+pub const PREFETCH_TRIES: u32 = 6;
+/// See there.
+pub const PREFETCH_PAUSE_NS: u64 = SECOND_NS;
 /// Bytes that are not listed for prefetch, between two ranges that are, fetched with them.
 pub const PREFETCH_GAP_BYTES: u64 = 64 * KIB as u64;
 /// Compressed bytes that prefetch may have in flight on a route nobody else uses.
@@ -87,6 +99,8 @@ const _: () = assert!(
 const _: () = assert!(CORES_MAX < 254);
 /// At a stop, readers that wait get so long before they are answered without data.
 pub const STOP_DEADLINE_NS: u64 = 5 * SECOND_NS;
+/// Messages of the kernel that a core takes before its other work has a turn.
+pub const INTAKE_TURN: u32 = 32;
 /// The first pause of a core that finds the device empty although it was said to be readable.
 pub const INTAKE_PAUSE_NS: u64 = 20_000;
 /// The longest such pause.

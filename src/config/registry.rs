@@ -78,6 +78,8 @@ pub const REGISTRY_MIRROR_COUNT_MAX: usize = 16;
 pub const REGISTRY_MIRROR_HEADER_COUNT_MAX: usize = 16;
 /// After a failure a source is tried last for this long, even below its failure_limit.
 pub const REGISTRY_SUSPECT_NS: u64 = SECOND_NS;
+/// One that sent wrong bytes is tried last for this long: damage on a mirror's disk stays.
+pub const REGISTRY_DISTRUST_NS: u64 = 30 * SECOND_NS;
 /// A ping that takes longer counts as failed.
 pub const REGISTRY_PING_TIMEOUT_NS: u64 = 2 * SECOND_NS;
 

@@ -229,17 +229,30 @@ impl<T> Queue<T> {
     /// itself.
     pub async fn pop(&self, core: &Core, wanted: impl Fn(&T) -> bool) -> T {
         std::future::poll_fn(|_| {
-            if let Some(item) = self.take(&wanted) {
-                return Poll::Ready(item);
-            }
             let task = core.current_task();
             let mut waiters = self.waiters.borrow_mut();
-            if !waiters.contains(&task) {
+            let place = waiters.iter().position(|&waiter| waiter == task);
+            if let Some(item) = self.take(&wanted) {
+                // Woken by something else: a push must not wake one who is busy, and nobody beside.
+                place.map(|place| waiters.remove(place));
+                return Poll::Ready(item);
+            }
+            if place.is_none() {
                 waiters.push(task);
             }
             Poll::Pending
         })
         .await
+    }
+
+    /// How many items `wanted` accepts.
+    pub fn count(&self, wanted: impl Fn(&T) -> bool) -> usize {
+        self.items.borrow().iter().filter(|item| wanted(item)).count()
+    }
+
+    /// Whether there is an item that `wanted` accepts.
+    pub fn any(&self, wanted: impl Fn(&T) -> bool) -> bool {
+        self.items.borrow().iter().any(wanted)
     }
 
     /// Items waiting.

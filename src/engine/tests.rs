@@ -11,7 +11,7 @@ use super::mesh::{Wake, mailbox};
 use super::simulated::{
     SimulatedCalls, SimulatedDriver, SimulatedEvent, SimulatedOperation, SimulatedPort,
 };
-use super::sync::{Gate, Permits, Queue};
+use super::sync::{Gate, Notify, Permits, Queue};
 use super::*;
 use crate::config::MILLISECOND_NS;
 use crate::error::Error;
@@ -110,6 +110,37 @@ fn permits_go_round_in_order_and_survive_a_dropped_waiter() {
         }
         assert_eq!(*order.borrow(), [0, 1, 2]);
         assert_eq!(permits.free_count(), 1);
+    })
+    .unwrap();
+}
+
+#[test]
+fn one_who_took_an_item_unbidden_is_not_woken_for_another_while_busy() {
+    block_on(|core| async move {
+        let (queue, news, hold) =
+            (Rc::new(Queue::new(4)), Rc::new(Notify::default()), Rc::new(Notify::default()));
+        let taken = Rc::new(RefCell::new(Vec::new()));
+        // They wait in this order; the second is still on the list of news that came too late.
+        for name in 0..3 {
+            let (queue, news, hold) = (queue.clone(), news.clone(), hold.clone());
+            let (taken, own) = (taken.clone(), core.clone());
+            core.spawn(Lane::Demand, async move {
+                if name == 1 {
+                    assert!(!news.wait(&own).by(own.now()).await);
+                }
+                let item = queue.pop(&own, |_| true).await;
+                taken.borrow_mut().push(item);
+                hold.wait(&own).await;
+            });
+            core.sleep(MILLISECOND_NS).await.unwrap();
+        }
+        news.wake_all(&core);
+        for item in 0..3 {
+            queue.push(&core, item).unwrap();
+            core.sleep(MILLISECOND_NS).await.unwrap();
+        }
+        assert_eq!(*taken.borrow(), [0, 1, 2]);
+        hold.wake_all(&core);
     })
     .unwrap();
 }

@@ -80,6 +80,13 @@ impl Body {
         (lease, checked)
     }
 
+    /// What was read is not what its digest says: the next open goes elsewhere, if it can.
+    pub fn blame(&self, core: &Core) {
+        if let Origin::Http { source, .. } = self.origin {
+            self.way.lied(source, core.now());
+        }
+    }
+
     /// Bytes still to be read.
     pub fn remaining(&self) -> u64 {
         self.remaining

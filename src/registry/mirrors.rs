@@ -4,8 +4,9 @@
 //! preference: mirrors as configured, then the proxy, the origin last. A source that failed
 //! `failure_limit` times in a row is out until its interval has passed (then one request tries it
 //! again) or a ping finds it well. Below the limit a failure moves a source behind the others for a
-//! moment, so that the next try of the same bytes goes elsewhere. The last source is never out:
-//! somebody must be asked, and an outage must end by itself.
+//! moment, so that the next try of the same bytes goes elsewhere. One whose bytes were wrong is
+//! behind the others for longer, however well it answers. The last source is never out: somebody
+//! must be asked, and an outage must end by itself.
 
 use crate::config as limits;
 
@@ -25,6 +26,8 @@ struct Source {
     out_until_ns: u64,
     /// Tried after the others until this time.
     suspect_until_ns: u64,
+    /// The same, because its bytes were wrong: no success ends it.
+    distrusted_until_ns: u64,
     next_ping_ns: u64,
 }
 
@@ -38,6 +41,7 @@ impl Health {
                 failures: 0,
                 out_until_ns: 0,
                 suspect_until_ns: 0,
+                distrusted_until_ns: 0,
                 next_ping_ns: 0,
             })
             .collect();
@@ -84,6 +88,11 @@ impl Health {
         }
     }
 
+    /// The source's bytes were not what their digest says.
+    pub fn lied(&mut self, index: usize, now_ns: u64) {
+        self.sources[index].distrusted_until_ns = now_ns + limits::REGISTRY_DISTRUST_NS;
+    }
+
     /// A request or a ping succeeded.
     pub fn succeeded(&mut self, index: usize) {
         let source = &mut self.sources[index];
@@ -121,7 +130,8 @@ impl Health {
     }
 
     fn is_suspect(&self, index: usize, now_ns: u64) -> bool {
-        self.sources[index].suspect_until_ns > now_ns
+        let source = &self.sources[index];
+        source.suspect_until_ns.max(source.distrusted_until_ns) > now_ns
     }
 }
 
@@ -158,6 +168,15 @@ mod tests {
         health.failed(0, 0);
         assert_eq!(round(&health, 1), [1, 2, 0]);
         assert_eq!(round(&health, 2 * SECOND), [0, 1, 2]);
+    }
+
+    #[test]
+    fn one_that_lied_stays_behind_the_others_although_it_answers() {
+        let mut health = three();
+        health.lied(0, 0);
+        health.succeeded(0);
+        assert_eq!(round(&health, 2 * SECOND), [1, 2, 0]);
+        assert_eq!(round(&health, limits::REGISTRY_DISTRUST_NS), [0, 1, 2]);
     }
 
     #[test]

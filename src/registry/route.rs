@@ -6,6 +6,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
@@ -93,6 +94,9 @@ impl Shared {
 pub struct Route {
     /// Tells routes apart in the tables of a core.
     pub id: u64,
+    /// Tells hosts apart: the same for all repositories of one registry, and another one for each
+    /// folder of files.
+    pub host: u64,
     /// What was configured.
     pub backend: Backend,
     /// Mirrors, proxy, origin; empty for files.
@@ -139,11 +143,19 @@ pub struct Slot {
 
 impl Route {
     fn new(id: u64, backend: &Backend) -> Result<Self> {
+        let mut host = DefaultHasher::new();
         let (sources, slots) = match backend {
-            Backend::Registry(config) => (sources(config), slots(config)),
-            Backend::LocalFs(_) => (Vec::new(), Vec::new()),
+            Backend::Registry(config) => {
+                config.origin.hash(&mut host);
+                (sources(config), slots(config))
+            }
+            Backend::LocalFs(_) => {
+                id.hash(&mut host);
+                (Vec::new(), Vec::new())
+            }
         };
-        Ok(Route { id, backend: backend.clone(), sources, slots, pace: Pace::default() })
+        let (host, backend, pace) = (host.finish(), backend.clone(), Pace::default());
+        Ok(Route { id, host, backend, sources, slots, pace })
     }
 
     /// The configuration of a registry.

@@ -76,6 +76,11 @@ impl Way {
         self.health.borrow_mut().failed(source, now_ns);
     }
 
+    /// What a source sent was not what its digest says.
+    pub fn lied(&self, source: usize, now_ns: u64) {
+        self.health.borrow_mut().lied(source, now_ns);
+    }
+
     /// A source has answered well.
     pub fn succeeded(&self, source: usize) {
         self.health.borrow_mut().succeeded(source);

@@ -19,9 +19,9 @@ use crate::blob::journal::Level;
 use crate::blob::latency::{Cause, Step};
 use crate::blob::statistics::{Counter, Stage};
 use crate::config::{
-    DEMAND_SLOTS, HAND_OVER_READS, INTAKE_PAUSE_MAX_NS, INTAKE_PAUSE_NS, Intake, LAYOUT_LOOK_NS,
-    MAILBOX_CAPACITY, OPEN_QUEUE, OPEN_SLOTS, RANGE_LEASE_SIZE, RESTORE_AGAIN_MAX_NS,
-    RESTORE_AGAIN_NS,
+    DEMAND_SLOTS, HAND_OVER_READS, INTAKE_PAUSE_MAX_NS, INTAKE_PAUSE_NS, INTAKE_TURN, Intake,
+    LAYOUT_LOOK_NS, MAILBOX_CAPACITY, OPEN_QUEUE, OPEN_SLOTS, RANGE_LEASE_SIZE,
+    RESTORE_AGAIN_MAX_NS, RESTORE_AGAIN_NS,
 };
 use crate::engine::mesh::{Receiver, Sender};
 use crate::engine::sync::{Notify, Queue};
@@ -115,7 +115,7 @@ impl Door {
 
     async fn take_messages(self: Rc<Self>) {
         let mut buffer = Box::new([0; MESSAGE_MAX_BYTES]);
-        let mut empty_count = 0;
+        let (mut empty_count, mut taken_count) = (0, 0);
         while !self.is_stopped.get() {
             while self.idle_slots.get() == 0 || self.opens.len() == OPEN_QUEUE {
                 self.slot_freed.wait(&self.crew.core).await;
@@ -123,7 +123,12 @@ impl Door {
             match self.device.receive(&self.crew.core, &mut buffer) {
                 Ok(Some(bytes)) => {
                     empty_count = 0;
-                    self.take(bytes);
+                    self.take(bytes).await;
+                    // Closes take no slot: the core's other work goes between.
+                    taken_count += 1;
+                    if taken_count % INTAKE_TURN == 0 {
+                        self.crew.core.yield_now().await;
+                    }
                     continue;
                 }
                 Ok(None) => {
@@ -159,7 +164,7 @@ impl Door {
         }
     }
 
-    fn take(&self, bytes: &[u8]) {
+    async fn take(&self, bytes: &[u8]) {
         let taken_ns = self.crew.core.now();
         let counters = &self.crew.parts.counters;
         match parse(bytes) {
@@ -176,7 +181,7 @@ impl Door {
             }
             Ok(Message::Close { object }) => {
                 counters.count(Counter::UpcallsClose);
-                self.tell_all(|| DoorMail::Remove(object));
+                self.tell_all(|| DoorMail::Remove(object)).await;
             }
             Err(error) => self.refuse(bytes, &error),
         }
@@ -258,7 +263,7 @@ impl Door {
             Opened::Refused(refused) => {
                 if self.crew.core.now() >= refused.until_ns {
                     // The next read has it opened anew, and perhaps it is known by then.
-                    self.tell_all(|| DoorMail::Remove(job.object));
+                    self.tell_all(|| DoorMail::Remove(job.object)).await;
                 }
                 (Err(Error::NotFound("nobody knows this object".into())), Stage::Read)
             }
@@ -339,17 +344,17 @@ impl Door {
         Ok(())
     }
 
-    pub(super) fn tell_all(&self, mail: impl Fn() -> DoorMail) {
+    pub(super) async fn tell_all(&self, mail: impl Fn() -> DoorMail) {
         for core in &self.parts.cores {
             let mut message = mail();
             // Boxes are far longer than the opens and closes under way, and these messages must not
-            // be lost. A core that has ended needs none.
+            // be lost. A core that has ended needs none; this one reads its own box meanwhile.
             while let Err(back) = core.send(message) {
                 if core.is_closed() {
                     break;
                 }
                 message = back;
-                std::thread::yield_now();
+                self.crew.core.yield_now().await;
             }
         }
     }

@@ -81,7 +81,7 @@ impl Door {
         self.crew.record(Stage::Open, taken_ns);
         if let Err(error) = answered {
             journal.write(Level::Warn, || format!("open of {domain}/{cookie}: {error}"));
-            self.tell_all(|| DoorMail::Remove(object));
+            self.tell_all(|| DoorMail::Remove(object)).await;
             return;
         }
         if let Ok((Opened::Data(blob), _)) = opened
@@ -170,7 +170,8 @@ impl Door {
             opened: opened.clone(),
             missing: Arc::clone(&missing),
             opener: self.crew.id(),
-        });
+        })
+        .await;
         loop {
             let told = self.installed.wait(&self.crew.core);
             if missing.load(Ordering::Acquire) == 0 || self.crew.gate.is_closed() {

@@ -23,8 +23,8 @@ use crate::blob::latency::{Cause, DoorKind, Step};
 use crate::blob::open::OpenBlob;
 use crate::blob::statistics::{Counter, Stage};
 use crate::config::{
-    DEMAND_SLOTS, HAND_OVER_READS, INTAKE_PAUSE_MAX_NS, LAYOUT_LOOK_NS, MAILBOX_CAPACITY,
-    SEGMENT_PATH_MAX_BYTES,
+    DEMAND_SLOTS, HAND_OVER_READS, INTAKE_PAUSE_MAX_NS, INTAKE_TURN, LAYOUT_LOOK_NS,
+    MAILBOX_CAPACITY, SEGMENT_PATH_MAX_BYTES,
 };
 use crate::engine::mesh::{Receiver, Sender};
 use crate::engine::sync::{Notify, Queue};
@@ -114,7 +114,7 @@ impl Watch {
         if self.parts.group.is_awaited() {
             self.begun.wait(core).await;
         }
-        let mut buffer = [0; EVENT_BYTES];
+        let (mut buffer, mut taken_count) = ([0; EVENT_BYTES], 0);
         while !self.is_stopped.get() {
             while self.idle_slots.get() == 0 {
                 self.slot_freed.wait(core).await;
@@ -124,6 +124,11 @@ impl Watch {
                 Ok([]) => self.crew.parts.counters.count(Counter::IntakeEmpty),
                 Ok(bytes) => {
                     self.take(bytes);
+                    // What is answered at once takes no slot: the core's other work goes between.
+                    taken_count += 1;
+                    if taken_count % INTAKE_TURN == 0 {
+                        core.yield_now().await;
+                    }
                     continue;
                 }
                 Err(error) => {

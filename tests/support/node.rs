@@ -99,14 +99,25 @@ impl Node {
 
     /// Registers a test image of any backend.
     pub fn register_at(&self, truth: &Truth, backend: Backend) {
+        self.register_as(&truth.domain, truth, backend, PrefetchConfig::default());
+    }
+
+    /// The same under a domain of one's own.
+    pub fn register_as(
+        &self,
+        domain: &str,
+        truth: &Truth,
+        backend: Backend,
+        prefetch: PrefetchConfig,
+    ) {
         let spec = ImageSpec {
-            domain_id: truth.domain.clone(),
-            id: truth.domain.clone(),
+            domain_id: domain.into(),
+            id: domain.into(),
             config_id: "test".into(),
             metadata_path: truth.bootstrap.clone(),
             backend,
             work_dir: std::env::temp_dir(),
-            prefetch: PrefetchConfig::default(),
+            prefetch,
         };
         self.catalog.register(spec).expect("a good image");
     }
