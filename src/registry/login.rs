@@ -51,7 +51,8 @@ impl Client {
                 Turn::Fetch(fetching) => {
                     let until_ns = deadline_ns.min(core.now() + limits::TOKEN_FETCH_TIMEOUT_NS);
                     let fetched = self.answer(core, way, source, offered, until_ns, lane).await;
-                    return share(core, fetching, fetched);
+                    let fetched = fetched.map_err(|error| blamed(error, until_ns, deadline_ns));
+                    return share(fetching, fetched, core.now());
                 }
             }
         }
@@ -188,14 +189,28 @@ impl Client {
     }
 }
 
-fn share(core: &Core, fetching: Fetching<'_>, fetched: Result<(Token, Challenge)>) -> Result<()> {
+/// A fetch that ended at `until_ns`, before the request's own deadline, is the server's failure: it
+/// may be tried again, and is shared.
+fn blamed(error: Error, until_ns: u64, deadline_ns: u64) -> Error {
+    match error {
+        Error::Deadline(what) if until_ns < deadline_ns => Error::unavailable(what),
+        error => error,
+    }
+}
+
+fn share(fetching: Fetching<'_>, fetched: Result<(Token, Challenge)>, now_ns: u64) -> Result<()> {
     match fetched {
         Ok((token, challenge)) => {
             fetching.publish(token, challenge);
             Ok(())
         }
+        // One request's time, or one core, is over: whoever waits for the token has time left.
+        Err(error @ (Error::Deadline(_) | Error::Shutdown)) => {
+            drop(fetching);
+            Err(error)
+        }
         Err(error) => {
-            fetching.fail(&error, core.now());
+            fetching.fail(&error, now_ns);
             Err(error)
         }
     }
@@ -219,5 +234,28 @@ fn plain_request<'a>(path: &'a [&'a str]) -> Request<'a> {
         authorization: None,
         lines: "",
         content: None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::registry::tokens::TokenSlot;
+
+    #[test]
+    fn what_is_shared_is_the_servers_failure_not_the_requests() {
+        let late = || Error::Deadline("late".into());
+        for (error, is_shared) in [
+            (blamed(late(), 10, 10), false),
+            (blamed(late(), 10, 11), true),
+            (Error::Shutdown, false),
+            (Error::Denied("no".into()), true),
+        ] {
+            let slot = TokenSlot::default();
+            let Turn::Fetch(fetching) = slot.turn(0, 0) else { panic!("the first may fetch") };
+            assert_eq!(share(fetching, Err(error.clone()), 0), Err(error.clone()));
+            assert_eq!(matches!(slot.turn(0, 0), Turn::Failed(_)), is_shared, "{error}");
+        }
+        assert!(matches!(blamed(late(), 10, 11), Error::Unavailable { .. }));
     }
 }

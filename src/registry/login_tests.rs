@@ -2,7 +2,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use rustls::ServerConfig;
@@ -118,6 +118,29 @@ fn cores_share_one_token_fetch() {
         threads.into_iter().for_each(|thread| thread.join().unwrap().unwrap().unwrap());
     });
     assert_eq!(tokens.seen().len(), 1);
+}
+
+#[test]
+fn one_requests_deadline_is_not_the_next_ones_failure() {
+    let is_stuck = Arc::new(AtomicBool::new(true));
+    let stuck = Arc::clone(&is_stuck);
+    let tokens = Server::start(move |_| match stuck.load(Ordering::SeqCst) {
+        true => Play::Stall,
+        false => Play::Send(json("{\"token\":\"t0\"}")),
+    });
+    let demand = challenge(&tokens);
+    let registry = Server::start(move |seen| match seen.header("Authorization") {
+        Some("Bearer t0") => Play::Send(partial(seen)),
+        _ => Play::Send(status(401, &demand)),
+    });
+    run(shared(), plain(&registry, json!({})), |world| async move {
+        let soon_ns = world.core.now() + SECOND_NS / 2;
+        let error = world.read_by(0..10, soon_ns).await.unwrap_err();
+        assert!(matches!(error, Error::Deadline(_)), "{error}");
+        is_stuck.store(false, Ordering::SeqCst);
+        world.read(0..10).await.unwrap();
+    });
+    assert_eq!(tokens.seen().len(), 2);
 }
 
 #[test]
