@@ -25,6 +25,8 @@ pub const SEGMENT_PATH_MAX_BYTES: usize = 4096;
 pub const COMPLETED_QUEUE: usize = 64 * KIB;
 /// A complete segment waits so long for others before its completion is written down.
 pub const SEAL_DELAY_MS: u64 = 1_000;
+/// What could not be written down is tried again after so long.
+pub const SEAL_RECORD_RETRY_MS: u64 = 10_000;
 /// So many complete segments are written down without waiting.
 pub const SEAL_BATCH: usize = 1024;
 /// Up to so many segments are synced one by one: each costs a flush of the disk.

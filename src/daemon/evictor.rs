@@ -9,9 +9,11 @@
 //!
 //! Blocks on the disk and sleeps: called on the housekeeping thread and on helper threads.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use super::durability;
 use crate::blob::journal::{Journal, Level};
 use crate::config::{EVICTION_BATCH, EVICTION_GRACE_MS, EVICTION_LISTEN_MS};
 use crate::error::Result;
@@ -26,13 +28,21 @@ pub struct Evictor {
     journal: Arc<Journal>,
     /// One at a time: two would choose the same.
     turn: Mutex<()>,
+    /// A file that was to be emptied is as long as it was: no file's size alone is an answer until
+    /// this process ends. Written by whoever has the turn.
+    is_torn: AtomicBool,
 }
 
 impl Evictor {
     /// An evictor of the door's cache.
     pub fn new(binder: &Arc<Binder>, journal: &Arc<Journal>) -> Arc<Evictor> {
         let (binder, journal) = (Arc::clone(binder), Arc::clone(journal));
-        Arc::new(Evictor { binder, journal, turn: Mutex::default() })
+        Arc::new(Evictor {
+            binder,
+            journal,
+            turn: Mutex::default(),
+            is_torn: AtomicBool::new(false),
+        })
     }
 
     /// Counts the bytes on the disk anew.
@@ -63,6 +73,20 @@ impl Evictor {
         if freed < excess {
             self.empty_unread(excess - freed);
         }
+    }
+
+    /// Empties segments that the disk did not take. Gives those that somebody fills just now.
+    pub fn empty_distrusted(&self, segments: Vec<Arc<Segment>>) -> Vec<Arc<Segment>> {
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        self.store().space().set_evicting(true);
+        let emptied = durability::empty(segments, |segment| self.heed(segment), &self.journal);
+        self.is_torn.fetch_or(emptied.is_torn, Ordering::Relaxed);
+        self.end_evicting();
+        emptied.busy
+    }
+
+    fn end_evicting(&self) {
+        self.store().space().set_evicting(self.is_torn.load(Ordering::Relaxed));
     }
 
     fn store(&self) -> &Arc<SegmentStore> {
@@ -105,7 +129,7 @@ impl Evictor {
             }
             freed += self.empty_batch(batch, wanted - freed);
         }
-        self.store().space().set_evicting(false);
+        self.end_evicting();
         self.journal.write(Level::Info, || {
             format!("{freed} bytes of mounted images evicted, {wanted} were to go")
         });

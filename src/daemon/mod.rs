@@ -8,6 +8,7 @@ pub mod cookies;
 pub mod crew;
 pub mod cull;
 mod doors;
+mod durability;
 pub mod entry;
 pub mod evictor;
 pub mod http;

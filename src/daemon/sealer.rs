@@ -2,7 +2,8 @@
 //!
 //! A segment that has become complete raises no events from then on: its inode is ignored at once.
 //! Its completion is written down once its bytes are on the disk, for many segments at a time; one
-//! that the machine's end catches before that is fetched again. Images that nobody has read from
+//! that the machine's end catches before that is fetched again, and so is one that the disk did not
+//! take ([`super::durability`]). Images that nobody has read from
 //! for a while give back the memory of what they know about their blobs.
 
 use std::sync::Arc;
@@ -12,12 +13,13 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 
 use super::doors::FanotifyDoor;
+use super::durability::{Unsealed, sync};
 use super::evictor::Evictor;
 use crate::blob::catalog::Catalog;
 use crate::blob::journal::{Journal, Level};
 use crate::config::{
-    AWAKE_IDLE_NS, DOZE_INTERVAL_MS, EVICTION_PAUSE_MS, EVICTION_SEARCH_MS, SEAL_BATCH,
-    SEAL_DELAY_MS, SEAL_FILES_SYNCED_ONE_BY_ONE, SPACE_COUNT_INTERVAL_MS,
+    AWAKE_IDLE_NS, DOZE_INTERVAL_MS, EVICTION_PAUSE_MS, EVICTION_SEARCH_MS, SEAL_DELAY_MS,
+    SPACE_COUNT_INTERVAL_MS,
 };
 use crate::error::{Error, Result};
 use crate::store::segment::Segment;
@@ -41,9 +43,7 @@ struct Sealing {
     /// When bytes of mounted images last went: those that everybody reads are not fought for.
     evicted: Option<Instant>,
     /// Complete and ignored, not yet on record.
-    batch: Vec<Arc<Segment>>,
-    /// When the first of them came.
-    since: Instant,
+    unsealed: Unsealed,
 }
 
 impl Sealer {
@@ -67,8 +67,7 @@ impl Sealer {
             counted: None,
             searched: None,
             evicted: None,
-            batch: Vec::with_capacity(SEAL_BATCH),
-            since: Instant::now(),
+            unsealed: Unsealed::new(),
         };
         let thread = std::thread::Builder::new().name("sealer".into());
         let thread = thread
@@ -94,8 +93,7 @@ impl Sealing {
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => break,
             }
-            let is_due = !self.batch.is_empty() && self.since.elapsed() >= pause;
-            if is_due || self.batch.len() >= SEAL_BATCH {
+            if self.unsealed.is_due() {
                 self.seal();
             }
             self.keep_quota();
@@ -118,35 +116,12 @@ impl Sealing {
         if !is_heeded && let Err(error) = self.binder.let_pass(&segment) {
             self.journal.error(format!("{}: {error}", segment.path().display()));
         }
-        if self.batch.is_empty() {
-            self.since = Instant::now();
-        }
-        self.batch.push(segment);
+        self.unsealed.push(segment);
     }
 
     fn seal(&mut self) {
-        let mut batch = std::mem::take(&mut self.batch);
-        // What was evicted meanwhile is not complete any more.
-        batch.retain(|segment| segment.is_complete());
-        if batch.is_empty() {
-            return;
-        }
-        batch.sort_unstable_by_key(|segment| Arc::as_ptr(&segment.directory));
-        let sealed = sync(&batch).and_then(|()| {
-            let mut of_blobs =
-                batch.chunk_by(|one, two| Arc::ptr_eq(&one.directory, &two.directory));
-            of_blobs.try_for_each(|segments| {
-                let names = segments.iter().map(|segment| (segment.name(), segment.full_size));
-                segments[0].directory.record(names)
-            })
-        });
-        if let Err(error) = sealed {
-            let count = batch.len();
-            self.journal.error(format!(
-                "{count} complete segments are not on record and will be fetched again after a \
-                 power cut: {error}"
-            ));
-        }
+        let take_away = |segments| self.evictor.empty_distrusted(segments);
+        self.unsealed.seal(sync, take_away, &self.journal);
     }
 
     fn keep_quota(&mut self) {
@@ -190,17 +165,6 @@ impl Sealing {
 /// Whether something was never done, or so long ago.
 fn is_due(done: Option<Instant>, interval_ms: u64) -> bool {
     done.is_none_or(|done| done.elapsed() >= Duration::from_millis(interval_ms))
-}
-
-/// Brings the segments' bytes to the disk: few of them one by one, many with the whole file system,
-/// which is one flush of the disk instead of one for each.
-fn sync(batch: &[Arc<Segment>]) -> Result<()> {
-    if batch.len() <= SEAL_FILES_SYNCED_ONE_BY_ONE {
-        return batch.iter().try_for_each(|segment| segment.sync());
-    }
-    let directory = batch[0].directory.fd();
-    nix::unistd::syncfs(directory)
-        .map_err(|errno| Error::system(errno as i32, "cannot sync the cache's file system"))
 }
 
 /// The cores' clock.
