@@ -104,6 +104,8 @@ pub const AUTH_CHALLENGE_COUNT_MAX: usize = 8;
 pub const DOCKER_CONFIG_SIZE_MAX: u64 = MIB as u64;
 /// A credential helper that has not answered by then is ended.
 pub const CREDENTIAL_HELPER_TIMEOUT_MS: u64 = 5_000;
+/// How often is looked whether a credential helper that has said all has ended.
+pub const CREDENTIAL_HELPER_END_LOOK_MS: u64 = 2;
 /// What a credential helper may print.
 pub const CREDENTIAL_HELPER_OUTPUT_SIZE_MAX: u64 = 64 * KIB as u64;
 

@@ -7,7 +7,7 @@
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -90,13 +90,15 @@ pub fn ask_helper(program: &str, key: &str) -> Result<Option<Credential>> {
         .stderr(Stdio::null())
         .spawn();
     let mut child = child.map_err(|error| failed(format!("cannot be run: {error}")))?;
-    let talked = talk(&mut child, key);
+    let until = Instant::now() + Duration::from_millis(limits::CREDENTIAL_HELPER_TIMEOUT_MS);
+    let talked =
+        talk(&mut child, key, until).and_then(|output| Ok((output, end(&mut child, until)?)));
     if talked.is_err() {
-        // It may have ended by itself; either way it is waited for below.
+        // It may have ended by itself; either way it is no more after this.
         let _ = child.kill();
+        let _ = child.wait();
     }
-    let status = child.wait().map_err(|error| failed(error.to_string()))?;
-    let output = talked.map_err(failed)?;
+    let (output, status) = talked.map_err(failed)?;
     if helper_has_nothing(&output) {
         return Ok(None);
     }
@@ -107,8 +109,7 @@ pub fn ask_helper(program: &str, key: &str) -> Result<Option<Credential>> {
 }
 
 /// Writes the key, then reads until the helper closes its output.
-fn talk(child: &mut Child, key: &str) -> std::result::Result<Vec<u8>, String> {
-    let until = Instant::now() + Duration::from_millis(limits::CREDENTIAL_HELPER_TIMEOUT_MS);
+fn talk(child: &mut Child, key: &str, until: Instant) -> std::result::Result<Vec<u8>, String> {
     if let Some(mut input) = child.stdin.take() {
         // A helper that does not read its key says so by its exit status.
         let _ = input.write_all(key.as_bytes());
@@ -134,5 +135,18 @@ fn talk(child: &mut Child, key: &str) -> std::result::Result<Vec<u8>, String> {
         if output.len() as u64 > limits::CREDENTIAL_HELPER_OUTPUT_SIZE_MAX {
             return Err("it prints more than 64 KiB".to_string());
         }
+    }
+}
+
+/// Waits until the helper, which has said all, has ended. Mostly it has.
+fn end(child: &mut Child, until: Instant) -> std::result::Result<ExitStatus, String> {
+    loop {
+        if let Some(status) = child.try_wait().map_err(|error| error.to_string())? {
+            return Ok(status);
+        }
+        if Instant::now() >= until {
+            return Err("it does not end in 5 s; it was ended".to_string());
+        }
+        std::thread::sleep(Duration::from_millis(limits::CREDENTIAL_HELPER_END_LOOK_MS));
     }
 }

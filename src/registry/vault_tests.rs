@@ -62,6 +62,12 @@ fn a_helper_that_hangs_is_ended() {
 }
 
 #[test]
+fn a_helper_that_has_said_all_and_does_not_end_is_ended() {
+    let error = ask("echo '{}'; exec sleep 60 >&-").unwrap_err();
+    assert!(error.to_string().contains("does not end"), "{error}");
+}
+
+#[test]
 fn the_file_is_read_again_when_it_changes() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("config.json");
