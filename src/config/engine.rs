@@ -10,10 +10,14 @@ pub const POLLS_PER_TURN: usize = 64;
 pub const BACKGROUND_SHARE: usize = 8;
 /// How long a core with operations in flight looks for completions before it sleeps.
 pub const SPIN_DEFAULT_US: u64 = 0;
-/// Threads for work that blocks or takes long (names, bootstraps, large chunks), per process.
+/// Threads for work that takes long (bootstraps, large chunks), per process.
 pub const HELPER_THREADS: usize = 4;
 /// Jobs that may wait for a helper thread.
 pub const HELPER_QUEUE: usize = 1024;
+/// Threads for questions that may stay without an answer (names, credentials), per process.
+pub const ASKER_THREADS: usize = 4;
+/// Such questions that may wait for a thread; one more is refused.
+pub const ASKER_QUEUE: usize = 256;
 /// Tasks that may wait for the same thing before its list grows.
 pub const NOTIFY_WAITERS: usize = 8;
 /// Kernel workers a ring may start for operations that block: regular files, everything else.

@@ -119,6 +119,10 @@ pub const RESOLVE_ADDRESS_COUNT_MAX: usize = 4;
 pub const RESOLVE_NAME_COUNT_MAX: usize = 256;
 /// One resolution.
 pub const RESOLVE_TIMEOUT_NS: u64 = 5 * SECOND_NS;
+/// Who has old addresses waits so long for new ones; most resolvers answer in less.
+pub const RESOLVE_RENEWAL_WAIT_NS: u64 = 100 * MILLISECOND_NS;
+/// How often is looked whether the answer somebody else asked for has come.
+pub const RESOLVE_WAIT_STEP_NS: u64 = 2 * MILLISECOND_NS;
 
 /// Files of localfs backends a core keeps open.
 pub const LOCALFS_FILE_COUNT_MAX: usize = 64;

@@ -104,12 +104,23 @@ impl Core {
         self.0.arena.lease(class)
     }
 
-    /// Runs work that blocks or takes long on a helper thread and waits for its result.
+    /// Runs work that takes long on a helper thread and waits for its result.
     pub fn offload<T: Send + 'static>(
         &self,
         work: impl FnOnce() -> T + Send + 'static,
     ) -> Offload<Once<T>, T> {
         Errand::new(self, |work: Once<T>| work()).run(Box::new(work))
+    }
+
+    /// Runs work that may never end, because others have to answer, on a thread for such work.
+    ///
+    /// # Errors
+    /// Too many such wait.
+    pub fn ask<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<Offload<Once<T>, T>> {
+        Errand::new(self, |work: Once<T>| work()).ask(Box::new(work))
     }
 
     /// Lets every other ready task run first.

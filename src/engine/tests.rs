@@ -13,7 +13,7 @@ use super::simulated::{
 };
 use super::sync::{Gate, Notify, Permits, Queue};
 use super::*;
-use crate::config::MILLISECOND_NS;
+use crate::config::{ASKER_QUEUE, ASKER_THREADS, MILLISECOND_NS};
 use crate::error::Error;
 
 #[test]
@@ -64,6 +64,23 @@ fn deadline_cancels_and_gives_the_lease_back() {
     })
     .unwrap();
     drop(listener);
+}
+
+#[test]
+fn questions_without_an_answer_are_refused_in_the_end_and_hold_up_no_work() {
+    let (hold, held) = crossbeam_channel::bounded::<()>(0);
+    block_on(|core| async move {
+        let ask = |_| {
+            let held = held.clone();
+            core.ask(move || held.recv().is_ok()).is_ok()
+        };
+        let waiting = (0..2 * ASKER_QUEUE).map(ask).take_while(|is_taken| *is_taken).count();
+        assert!((ASKER_QUEUE..=ASKER_QUEUE + ASKER_THREADS).contains(&waiting), "{waiting}");
+        assert_eq!(core.offload(|| 6 * 7).await, 42);
+    })
+    .unwrap();
+    // The engine is gone; they still wait.
+    drop(hold);
 }
 
 #[test]

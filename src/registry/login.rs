@@ -107,7 +107,8 @@ impl Client {
         }
         let slot = &way.route.slots[way.route.sources[source].slot];
         let (vault, host) = (Arc::clone(&self.shared.vault), slot.credential_host.clone());
-        let found = within(core, deadline_ns, core.offload(move || vault.find(&host))).await;
+        let asked = core.ask(move || vault.find(&host))?;
+        let found = within(core, deadline_ns, asked).await;
         found.unwrap_or_else(|| Err(Error::Deadline("credentials were not had in time".into())))
     }
 

@@ -55,7 +55,7 @@ impl Shared {
 
     fn with(vault: Vault, certificates: &Path) -> Arc<Shared> {
         let tls = Arc::new(TlsConfigs::new(certificates));
-        let around = Surroundings { names: Arc::new(Names::default()), tls };
+        let around = Surroundings { names: Names::of_system(), tls };
         Arc::new(Shared {
             around,
             vault: Arc::new(vault),
