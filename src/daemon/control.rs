@@ -32,8 +32,8 @@ use crate::store::ledger::Ledger;
 
 /// Something the daemon does when a call asks for it.
 pub type Act = Box<dyn Fn() -> Result<()> + Send + Sync>;
-/// Applies new credentials; says whether any route was meant.
-pub type Configure = Box<dyn Fn(Option<&str>, &Update) -> Result<()> + Send + Sync>;
+/// Applies new credentials.
+pub type Configure = Box<dyn Fn(&Update) -> Result<()> + Send + Sync>;
 /// Told about a new image, with the entry it came from; an error takes the registration back.
 pub type Registered = Box<dyn Fn(&Arc<Image>, &[u8]) -> Result<()> + Send + Sync>;
 /// Told about what was removed: a domain, or one id of it.
@@ -62,7 +62,7 @@ pub struct Hooks {
     pub registered: Registered,
     /// Registrations are gone: forget them on disk too.
     pub forgotten: Forgotten,
-    /// New credentials for the routes of a configuration id, or of all.
+    /// New credentials for all routes.
     pub configure: Configure,
     /// What else belongs into the statistics, under the key "daemon".
     pub more_statistics: Box<dyn Fn() -> Value + Send + Sync>,
@@ -112,7 +112,7 @@ impl Hooks {
             takeover: Box::new(move || Err(without("take a state over"))),
             registered: Box::new(|_, _| Ok(())),
             forgotten: Box::new(|_, _| ()),
-            configure: Box::new(move |_, _| Err(without("change credentials while it runs"))),
+            configure: Box::new(move |_| Err(without("change credentials while it runs"))),
             more_statistics: Box::new(|| Value::Null),
         }
     }
@@ -337,8 +337,15 @@ impl ControlPlane {
         if changes.is_empty() {
             return Ok(());
         }
-        // All images share what nydusd keeps under "/".
-        (self.hooks.configure)(id.filter(|id| *id != "/"), &update)?;
+        // All images share what nydusd keeps under "/"; what it keeps under another id is for none
+        // of them. One image's password is not for the registries of the others.
+        if let Some(id) = id.filter(|id| *id != "/") {
+            return Err(Error::NotFound(format!(
+                "configuration {id:?} cannot be changed by itself: register its images again with \
+                 another backend_config.auth, or change that of all images with id=/"
+            )));
+        }
+        (self.hooks.configure)(&update)?;
         let mut configured = self.configured.lock().unwrap_or_else(PoisonError::into_inner);
         configured.extend(changes.keys().cloned());
         Ok(())

@@ -260,21 +260,22 @@ fn metrics_appear_with_the_first_open() {
 fn configuration_is_passed_on_and_never_shown() {
     let seen = Arc::new(Mutex::new(Vec::new()));
     let log = seen.clone();
-    let configure: super::control::Configure = Box::new(move |id, update| {
+    let configure: super::control::Configure = Box::new(move |update| {
         let auth = update.registry_auth.as_ref().map(|auth| auth.reveal().to_owned());
-        log.lock().unwrap().push((id.map(str::to_owned), auth));
+        log.lock().unwrap().push(auth);
         Ok(())
     });
     let control = control(Hooks { configure, ..Hooks::idle() });
     assert_eq!(body(&get(&control, "/api/v1/config")), json!({}));
     let auth = json!({"registry_auth": "dXNlcjpwdw=="});
     check(&put(&control, "/api/v1/config?id=/", &auth), 204, "");
-    check(&put(&control, "/api/v1/config?id=cfg", &auth), 204, "");
+    check(&put(&control, "/api/v1/config", &auth), 204, "");
+    check(&put(&control, "/api/v1/config?id=cfg", &auth), 500, "id=/");
     check(&put(&control, "/api/v1/config", &json!({"registry_auth": "!"})), 500, "base64");
     check(&put(&control, "/api/v1/config", &json!({"colour": "red"})), 500, "\"colour\\\"");
     check(&put(&control, "/api/v1/config", &json!({"registry_auth": 7})), 400, "ParseBody");
     let auth = Some("dXNlcjpwdw==".to_owned());
-    assert_eq!(*seen.lock().unwrap(), [(None, auth.clone()), (Some("cfg".into()), auth)]);
+    assert_eq!(*seen.lock().unwrap(), [auth.clone(), auth], "and not what is for one image");
     assert_eq!(body(&get(&control, "/api/v1/config?id=/")), json!({"registry_auth": "(set)"}));
     let mut control = control;
     control.hooks = Hooks::idle();

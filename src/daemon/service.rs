@@ -274,7 +274,7 @@ fn hooks(parts: &WorkerParts, workers: &Workers, lineage: &Arc<Lineage>) -> Hook
                 journal.error(format!("an image will come back with the next start: {error}"));
             }
         }),
-        configure: Box::new(move |_, update| {
+        configure: Box::new(move |update| {
             if update.proxy_url.is_some() {
                 let text = "proxy_url cannot be changed while the daemon runs: register the image \
                             again with another proxy";
