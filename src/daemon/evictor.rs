@@ -7,29 +7,29 @@
 //! nobody gets an error for it, and nobody a wrong byte whatever happens: a file that is too short
 //! cannot be read.
 //!
-//! Blocks on the disk and sleeps: called on the housekeeping thread and on helper threads.
+//! Blocks on the disk and sleeps: called on the housekeeping thread. Only room is also asked for on
+//! helper threads, and that does not wait for the rest ([`Clearing`]).
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use super::clearing::Clearing;
 use super::durability;
 use crate::blob::journal::{Journal, Level};
 use crate::config::{EVICTION_BATCH, EVICTION_GRACE_MS, EVICTION_LISTEN_MS};
 use crate::error::Result;
 use crate::store::segment::Segment;
 use crate::store::segments::SegmentStore;
-use crate::store::space::choose;
 use crate::upcall::binder::Binder;
 
-/// Takes bytes away. Shared by `Arc`.
+/// Takes bytes away, on one thread. Shared by `Arc`.
 pub struct Evictor {
     binder: Arc<Binder>,
     journal: Arc<Journal>,
-    /// One at a time: two would choose the same.
-    turn: Mutex<()>,
+    clearing: Clearing,
     /// A file that was to be emptied is as long as it was: no file's size alone is an answer until
-    /// this process ends. Written by whoever has the turn.
+    /// this process ends.
     is_torn: AtomicBool,
 }
 
@@ -37,12 +37,8 @@ impl Evictor {
     /// An evictor of the door's cache.
     pub fn new(binder: &Arc<Binder>, journal: &Arc<Journal>) -> Arc<Evictor> {
         let (binder, journal) = (Arc::clone(binder), Arc::clone(journal));
-        Arc::new(Evictor {
-            binder,
-            journal,
-            turn: Mutex::default(),
-            is_torn: AtomicBool::new(false),
-        })
+        let clearing = Clearing::new(binder.bindings().store(), &journal);
+        Arc::new(Evictor { binder, journal, clearing, is_torn: AtomicBool::new(false) })
     }
 
     /// Counts the bytes on the disk anew.
@@ -56,15 +52,18 @@ impl Evictor {
     }
 
     /// Frees at least `wanted` bytes of blobs that nobody uses, if there are so many. Gives how
-    /// many it was.
+    /// many it was, or `wanted` while others make room.
     pub fn make_room(&self, wanted: u64) -> u64 {
-        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
-        self.remove_unused(wanted)
+        self.clearing.make_room(wanted)
+    }
+
+    /// The same; gives how many bytes went.
+    pub fn remove_unused(&self, wanted: u64) -> u64 {
+        self.clearing.remove_unused(wanted)
     }
 
     /// Frees what the quota demands: unused blobs, then what nobody reads of the others.
     pub fn keep_quota(&self) {
-        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         let excess = self.store().space().excess();
         if excess == 0 {
             return;
@@ -77,7 +76,6 @@ impl Evictor {
 
     /// Empties segments that the disk did not take. Gives those that somebody fills just now.
     pub fn empty_distrusted(&self, segments: Vec<Arc<Segment>>) -> Vec<Arc<Segment>> {
-        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         self.store().space().set_evicting(true);
         let emptied = durability::empty(segments, |segment| self.heed(segment), &self.journal);
         self.is_torn.fetch_or(emptied.is_torn, Ordering::Relaxed);
@@ -91,31 +89,6 @@ impl Evictor {
 
     fn store(&self) -> &Arc<SegmentStore> {
         self.binder.bindings().store()
-    }
-
-    fn remove_unused(&self, wanted: u64) -> u64 {
-        let chosen = self.store().usage().map(|usage| choose(usage, wanted));
-        let chosen = match chosen {
-            Ok(chosen) => chosen,
-            Err(error) => {
-                self.journal.error(format!("cannot look for unused blobs: {error}"));
-                return 0;
-            }
-        };
-        let mut freed = 0;
-        for blob in chosen {
-            match self.store().remove(&blob.blob_id) {
-                Ok(bytes) => {
-                    freed += bytes;
-                    let text = || format!("blob {} evicted: {bytes} bytes", blob.blob_id);
-                    self.journal.write(Level::Info, text);
-                }
-                // Somebody has mounted it meanwhile.
-                Err(crate::error::Error::Busy(_)) => {}
-                Err(error) => self.journal.error(format!("blob {}: {error}", blob.blob_id)),
-            }
-        }
-        freed
     }
 
     /// The second half: complete segments of bound images, some at a time.

@@ -2,6 +2,7 @@
 
 mod admission;
 pub mod api;
+mod clearing;
 pub mod connection;
 pub mod control;
 pub mod cookies;

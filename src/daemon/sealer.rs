@@ -142,7 +142,7 @@ impl Sealing {
         }
         // What waits to be sealed counts as in use.
         self.seal();
-        self.evictor.make_room(space.excess());
+        self.evictor.remove_unused(space.excess());
         if space.excess() > 0 && is_due(self.evicted, EVICTION_PAUSE_MS) {
             self.evictor.keep_quota();
             self.evicted = Some(Instant::now());

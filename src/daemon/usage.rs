@@ -62,7 +62,7 @@ impl ControlPlane {
         let _turn = self.mounts.turn();
         let mut freed = 0;
         if let (Some(evictor), Some(binder)) = (&self.evictor, self.mounts.binder()) {
-            freed += evictor.make_room(u64::MAX);
+            freed += evictor.remove_unused(u64::MAX);
             freed += binder.remove_views(&self.catalog.images())?;
         }
         let mut cookies = 0;
