@@ -36,6 +36,9 @@ pub const KEEPER_END_WAIT_MS: u64 = 2_000;
 pub const REMEMBERED_FILE_MAX_BYTES: u64 = MIB as u64;
 /// Threads that register remembered images: each parses a bootstrap.
 pub const RESTORE_THREADS: usize = 4;
+/// Pauses before a mounted image that did not come back is tried again, 10.5 s together: its
+/// readers wait as long as a fault may take, which is more.
+pub const RESTORE_PAUSES_MS: [u64; 5] = [100, 400, 1_000, 3_000, 6_000];
 /// At a hand-over, reads in service get so long; what is not done then is done by the successor.
 pub const HAND_OVER_NS: u64 = SECOND_NS / 2;
 /// The first pause before the kernel is asked for a request again that came for an object the

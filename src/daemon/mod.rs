@@ -3,6 +3,7 @@
 mod admission;
 pub mod api;
 mod clearing;
+mod comeback;
 pub mod connection;
 pub mod control;
 pub mod cookies;

@@ -6,11 +6,12 @@ use std::sync::{Arc, Mutex};
 
 use serde_json::{Value, json};
 
+use super::comeback::Queue;
 use super::control::{ControlPlane, Hooks};
 use super::control_tests::{control, entry, fixture};
 use super::entry::Entry;
 use super::remember::{Remembered, RememberedMount};
-use super::succession::Restoration;
+use super::succession::{Outcome, Restoration, bring_back};
 use crate::error::Error;
 
 /// A node: a state directory that outlives its daemons.
@@ -253,6 +254,46 @@ fn mounts_are_remembered_with_their_image() {
     daemon.delete("d", None);
     remembered.set_mounts(&key, vec![mount("/a")]).unwrap();
     assert!(node.start().images().is_empty());
+}
+
+#[test]
+fn a_mounted_image_that_fails_once_is_tried_again_and_one_that_is_not_waits_for_the_next_start() {
+    let node = Node::new();
+    let daemon = node.start();
+    let key = |id: &str| ("d".to_owned(), id.to_owned());
+    for id in ["mounted", "other"] {
+        daemon.put(&node.entry("d", id)).unwrap();
+        // What cannot be opened may be there the next time: this is no file.
+        std::fs::remove_file(node.path(&format!("{id}.boot"))).unwrap();
+        drop(std::os::unix::net::UnixListener::bind(node.path(&format!("{id}.boot"))).unwrap());
+        daemon.control.catalog.unregister("d", id).unwrap();
+    }
+    let mount =
+        RememberedMount { namespace: 1, mountpoint: "/a".into(), door: "fanotify".to_owned() };
+    daemon.remembered.set_mounts(&key("mounted"), vec![mount]).unwrap();
+    let queue = Queue::of(daemon.remembered.records());
+    let restored = || daemon.control.restored.document();
+    let next = || queue.next(|| Some("d".to_owned())).unwrap();
+    let try_next = || bring_back(&daemon.control, &daemon.remembered, &queue, next());
+    assert_eq!([try_next(), try_next()], [Outcome::Later, Outcome::Settled]);
+    assert_eq!(restored(), json!({"images": 0, "skipped": 1}));
+    std::fs::remove_file(node.path("mounted.boot")).unwrap();
+    node.entry("d", "mounted");
+    assert_eq!(try_next(), Outcome::Settled);
+    assert_eq!(restored(), json!({"images": 1, "skipped": 1}));
+    assert!(queue.next(|| None).is_none());
+}
+
+#[test]
+fn no_image_is_tried_for_ever_or_after_the_end() {
+    let node = Node::new();
+    let daemon = node.start();
+    daemon.put(&node.entry("d", "i")).unwrap();
+    let queue = Queue::of(daemon.remembered.records());
+    assert!(queue.again(queue.next(|| None).unwrap()));
+    let comeback = queue.next(|| None).unwrap();
+    queue.close();
+    assert!(!queue.again(comeback) && queue.next(|| None).is_none());
 }
 
 #[test]

@@ -2,11 +2,12 @@
 //!
 //! The door serves meanwhile; what the kernel asks for is read back first. An image that can no
 //! longer be registered is said, skipped and, when it will not heal by itself, put aside; it never
-//! keeps the daemon or another image from coming back. A client that does not know of the restart
-//! may register everything again as it did at first: what is the same is there already, what is
-//! not replaces what was remembered.
+//! keeps the daemon or another image from coming back. One that is mounted and may heal is tried
+//! again, since its readers get errors once it is skipped. A client that does not know of the
+//! restart may register everything again as it did at first: what is the same is there already,
+//! what is not replaces what was remembered.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -15,6 +16,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use super::admission;
+use super::comeback::{Comeback, Queue};
 use super::control::ControlPlane;
 use super::entry::{Entry, Refusal};
 use super::mounts::{Door, Place};
@@ -71,7 +73,7 @@ impl Restored {
 /// A restart under way.
 #[must_use]
 pub struct Restoration {
-    queue: Arc<Mutex<VecDeque<Record>>>,
+    queue: Arc<Queue>,
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -81,8 +83,7 @@ impl Restoration {
     pub fn begin(control: &Arc<ControlPlane>, remembered: &Arc<Remembered>) -> Restoration {
         let is_missing =
             |record: &Record| control.catalog.object(&record.domain_id, &record.id).is_none();
-        let records: VecDeque<Record> =
-            remembered.records().into_iter().filter(is_missing).collect();
+        let records: Vec<Record> = remembered.records().into_iter().filter(is_missing).collect();
         for record in &records {
             control.catalog.awaited.expect(&record.domain_id);
         }
@@ -90,14 +91,17 @@ impl Restoration {
             control.mounts.set_restored();
         }
         let (count, since) = (records.len(), Instant::now());
-        let (queue, left) = (Arc::new(Mutex::new(records)), Arc::new(AtomicUsize::new(count)));
+        let (queue, left) = (Queue::of(records), Arc::new(AtomicUsize::new(count)));
         let work = || {
             let (control, remembered) = (Arc::clone(control), Arc::clone(remembered));
             let (queue, left) = (Arc::clone(&queue), Arc::clone(&left));
             move || {
-                while let Some(record) = next(&control, &queue) {
-                    bring_back(&control, &remembered, &record);
-                    control.catalog.awaited.settle(&record.domain_id);
+                while let Some(comeback) = queue.next(|| control.catalog.awaited.urgent()) {
+                    let domain_id = comeback.record.domain_id.clone();
+                    if bring_back(&control, &remembered, &queue, comeback) == Outcome::Later {
+                        continue;
+                    }
+                    control.catalog.awaited.settle(&domain_id);
                     if left.fetch_sub(1, Ordering::AcqRel) == 1 {
                         control.mounts.set_restored();
                         let skipped = control.restored.skipped.load(Ordering::Relaxed);
@@ -120,7 +124,7 @@ impl Restoration {
 
     /// Ends as soon as what is under way has come back.
     pub fn abandon(self) {
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        self.queue.close();
         self.finish();
     }
 
@@ -132,75 +136,120 @@ impl Restoration {
     }
 }
 
-/// The next image: one that somebody waits for, if there is one.
-fn next(control: &ControlPlane, queue: &Mutex<VecDeque<Record>>) -> Option<Record> {
-    let mut queue = queue.lock().unwrap_or_else(PoisonError::into_inner);
-    let urgent = control.catalog.awaited.urgent();
-    let at = urgent.and_then(|domain| queue.iter().position(|it| it.domain_id == domain));
-    queue.remove(at.unwrap_or(0))
+/// How a try ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// The image has come back, or will not before the next start.
+    Settled,
+    /// It is tried again.
+    Later,
 }
 
-fn bring_back(control: &ControlPlane, remembered: &Remembered, record: &Record) {
-    let (domain, id) = record.key();
+/// Tries to register an image, and to take up its mounts.
+pub fn bring_back(
+    control: &ControlPlane,
+    remembered: &Remembered,
+    queue: &Queue,
+    mut comeback: Comeback,
+) -> Outcome {
+    let (domain, id) = comeback.record.key();
     // A client that lost patience may have had the whole domain forgotten meanwhile.
     let is_wanted = || remembered.find(&domain, &id).is_some();
     if !is_wanted() {
-        return;
+        return Outcome::Settled;
     }
-    let error = match register(control, record) {
+    let known = control.catalog.image(&domain, &id).filter(|_| comeback.is_registered);
+    let registered = known.map_or_else(|| register(control, &comeback.record), Ok);
+    let error = match registered {
         Ok(image) if is_wanted() => {
-            control.restored.count.fetch_add(1, Ordering::Relaxed);
-            return adopt_mounts(control, remembered, record, &image);
+            match adopt_mounts(control, remembered, &comeback.record, &image) {
+                Err(error) if is_passing(&error) => {
+                    comeback.is_registered = true;
+                    error
+                }
+                _ => {
+                    control.restored.count.fetch_add(1, Ordering::Relaxed);
+                    return Outcome::Settled;
+                }
+            }
         }
-        Ok(_) => return drop(control.catalog.unregister(&domain, &id)),
+        Ok(_) => {
+            // It is gone already if that is refused.
+            let _ = control.catalog.unregister(&domain, &id);
+            return Outcome::Settled;
+        }
+        // A client was faster.
+        Err(Error::Exists(_)) => return Outcome::Settled,
         Err(error) => error,
     };
-    // A client was faster.
-    if matches!(error, Error::Exists(_)) {
-        return;
+    let is_mounted = !comeback.record.mounts.is_empty();
+    let is_registered = comeback.is_registered;
+    if is_mounted && is_passing(&error) && queue.again(comeback) {
+        let text = || format!("image {domain}/{id} is tried again: {error}");
+        control.journal.write(Level::Warn, text);
+        return Outcome::Later;
+    }
+    if is_registered {
+        // What is wrong with its mounts has been said.
+        control.restored.count.fetch_add(1, Ordering::Relaxed);
+        return Outcome::Settled;
     }
     control.restored.skipped.fetch_add(1, Ordering::Relaxed);
     let fate = match is_hopeless(&error) {
-        true => remembered.set_aside(&record.key()).err().map_or_else(
+        true => remembered.set_aside(&(domain.clone(), id.clone())).err().map_or_else(
             || "it is put aside".to_owned(),
             |error| format!("it cannot be put aside: {error}"),
         ),
         false => "the next start tries again".to_owned(),
     };
     control.journal.error(format!("image {domain}/{id} does not come back, {fate}: {error}"));
+    Outcome::Settled
 }
 
 /// Takes up the mounts the last daemon made of an image. What was unmounted since is forgotten; an
-/// image that is mounted nowhere any more goes as with its last unmount.
+/// image that is mounted nowhere any more goes as with its last unmount. One error of those there
+/// were, all of which are said.
 fn adopt_mounts(
     control: &ControlPlane,
     remembered: &Remembered,
     record: &Record,
     image: &Arc<Image>,
-) {
+) -> Result<()> {
     if record.mounts.is_empty() {
-        return;
+        return Ok(());
     }
     let _turn = control.mounts.turn();
+    // At a second try a client may have mounted and unmounted since the first.
+    let (domain, id) = (&image.domain_id, &image.id);
+    let mounts = remembered.find(domain, id).map(|record| record.mounts).unwrap_or_default();
+    let mut failure = None;
     let is_left = |mount: &&RememberedMount| {
         let RememberedMount { namespace, mountpoint, door } = mount;
         let at = Place { namespace: *namespace, mountpoint: mountpoint.clone() };
         let adopted = Door::named(door).map(|door| control.mounts.adopt(image, &at, door));
         adopted.unwrap_or(Ok(false)).unwrap_or_else(|error| {
-            let (domain, id) = record.key();
             let place = mountpoint.display();
             control.journal.error(format!("image {domain}/{id}, mounted at {place}: {error}"));
+            failure = Some(error);
             true
         })
     };
-    let left: Vec<_> = record.mounts.iter().filter(is_left).cloned().collect();
+    let left: Vec<_> = mounts.iter().filter(is_left).cloned().collect();
     let told = match left.is_empty() {
-        true => control.unregister(&record.domain_id, &record.id),
-        false => remembered.set_mounts(&record.key(), left),
+        true => control.unregister(domain, id),
+        false => remembered.set_mounts(&(domain.clone(), id.clone()), left),
     };
     if let Err(error) = told {
         control.journal.error(error.to_string());
     }
+    failure.map_or(Ok(()), Err)
+}
+
+/// Whether another try in a moment may succeed.
+fn is_passing(error: &Error) -> bool {
+    let may_pass =
+        matches!(error, Error::System { .. } | Error::Busy(_) | Error::Unavailable { .. });
+    may_pass && !is_hopeless(error)
 }
 
 /// Whether another try after the next start would fail the same way.
