@@ -15,7 +15,7 @@ use super::entry::{Attributes, Entry, FileData, check_link_target, clean};
 use crate::config::{BUILD_INODES_MAX, FILE_NAME_MAX_BYTES, LINKS_FOLLOWED_MAX, PATH_MAX_BYTES};
 use crate::error::{Error, Result};
 use crate::image::FileKind;
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, HashSet, VecDeque};
 
 /// Names of whiteouts start with this; the rest is what they take away.
 const WHITEOUT: &[u8] = b".wh.";
@@ -61,6 +61,13 @@ pub struct Tree {
     nodes: Vec<Node>,
     /// The layer being applied, counted from 1.
     layer: u32,
+    /// Directories below which a whiteout of this layer has been: nothing of lower layers is left
+    /// there, and nothing of them can come back. So each is gone through once a layer, however
+    /// many whiteouts name it.
+    cleared: HashSet<InodeId>,
+    /// Names that whiteouts looked at.
+    #[cfg(test)]
+    pub(super) visits: u64,
 }
 
 /// A directory reached on the way along a path.
@@ -78,12 +85,19 @@ impl Tree {
     /// An empty root directory.
     pub fn new() -> Self {
         let content = Content::Directory(BTreeMap::new());
-        Tree { nodes: vec![Node { attributes: Attributes::unknown(), content }], layer: 0 }
+        Tree {
+            nodes: vec![Node { attributes: Attributes::unknown(), content }],
+            layer: 0,
+            cleared: HashSet::new(),
+            #[cfg(test)]
+            visits: 0,
+        }
     }
 
     /// What is applied from now on belongs to the next layer.
     pub fn begin_layer(&mut self) {
         self.layer += 1;
+        self.cleared.clear();
     }
 
     /// One inode.
@@ -251,15 +265,14 @@ impl Tree {
     /// Takes away what lower layers have under a name, or under all names of the directory.
     fn white_out(&mut self, parents: &[&[u8]], name: Option<&[u8]>) -> Result<()> {
         let Some(parent) = self.walk(parents, false)? else { return Ok(()) };
-        let names: Vec<Box<[u8]>> = match (name, self.children(parent.directory)) {
-            (Some(name), _) => vec![name.into()],
-            (None, Some(children)) => children.keys().cloned().collect(),
-            (None, None) => Vec::new(),
+        let mut pending: Vec<(InodeId, Box<[u8]>)> = match name {
+            Some(name) => vec![(parent.directory, name.into())],
+            None => self.uncleared(parent.directory),
         };
         // What this layer put here stays, without what lower layers have below it.
-        let mut pending: Vec<(InodeId, Box<[u8]>)> =
-            names.into_iter().map(|name| (parent.directory, name)).collect();
         while let Some((directory, name)) = pending.pop() {
+            #[cfg(test)]
+            (self.visits += 1);
             let layer = self.layer;
             let Content::Directory(children) = &mut self.nodes[directory.0 as usize].content else {
                 continue;
@@ -267,11 +280,22 @@ impl Tree {
             let Some(child) = children.get(&name).copied() else { continue };
             if child.layer != layer {
                 children.remove(&name);
-            } else if let Some(below) = self.children(child.inode) {
-                pending.extend(below.keys().map(|name| (child.inode, name.clone())));
+            } else {
+                pending.extend(self.uncleared(child.inode));
             }
         }
         Ok(())
+    }
+
+    /// The names in a directory that whiteouts have not been through in this layer.
+    fn uncleared(&mut self, inode: InodeId) -> Vec<(InodeId, Box<[u8]>)> {
+        if self.cleared.contains(&inode) {
+            return Vec::new();
+        }
+        let Some(children) = self.children(inode) else { return Vec::new() };
+        let names = children.keys().map(|name| (inode, name.clone())).collect();
+        self.cleared.insert(inode);
+        names
     }
 
     /// The inode a hard link leads to. Its last component is not followed.

@@ -110,6 +110,45 @@ fn whiteouts_spare_their_own_layer_and_ignore_what_is_not_there() {
 }
 
 #[test]
+fn a_repeated_whiteout_goes_through_a_directory_once_a_layer() {
+    let mut tree = tree_of(&[("d/low", file()), ("d/sub/low", file())]);
+    for layer in [2, 3] {
+        tree.begin_layer();
+        let before = tree.visits;
+        for number in 0..100 {
+            tree.apply(format!("d/{layer}-{number}").as_bytes(), file()).unwrap();
+        }
+        tree.apply(format!("d/sub/{layer}").as_bytes(), file()).unwrap();
+        for _ in 0..100 {
+            for mark in ["d/.wh..wh..opq", ".wh.d", "d/sub/.wh..wh..opq"] {
+                tree.apply(mark.as_bytes(), file()).unwrap();
+            }
+        }
+        // The names of this layer and of the one below, and `d` each time it is named itself.
+        assert!(tree.visits - before <= 102 + 102 + 2 + 100, "{}", tree.visits - before);
+        assert_eq!(paths(&tree).len(), 1 + 1 + 100 + 2, "{:?}", paths(&tree));
+    }
+}
+
+#[test]
+fn what_a_layer_adds_after_its_whiteout_is_there_for_the_next_one() {
+    let mut tree = tree_of(&[("d/low", file())]);
+    tree.begin_layer();
+    for path in ["d/.wh..wh..opq", "d/sub/one", "d/.wh..wh..opq", ".wh.d"] {
+        tree.apply(path.as_bytes(), file()).unwrap();
+    }
+    assert_eq!(paths(&tree), ["/", "/d/", "/d/sub/", "/d/sub/one"]);
+    tree.begin_layer();
+    for path in ["d/sub/two", "d/sub/.wh..wh..opq"] {
+        tree.apply(path.as_bytes(), file()).unwrap();
+    }
+    assert_eq!(paths(&tree), ["/", "/d/", "/d/sub/", "/d/sub/two"]);
+    tree.begin_layer();
+    tree.apply(b".wh.d", file()).unwrap();
+    assert_eq!(paths(&tree), ["/"]);
+}
+
+#[test]
 fn another_name_does_not_shield_the_first_from_a_whiteout() {
     let mut tree = tree_of(&[("a", file())]);
     tree.begin_layer();
