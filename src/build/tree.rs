@@ -12,7 +12,9 @@
 //! format can hold: names have 1 to 255 bytes, paths at most `PATH_MAX_BYTES`.
 
 use super::entry::{Attributes, Entry, FileData, check_link_target, clean};
-use crate::config::{BUILD_INODES_MAX, FILE_NAME_MAX_BYTES, LINKS_FOLLOWED_MAX, PATH_MAX_BYTES};
+use crate::config::{
+    BUILD_INODES_MAX, FILE_NAME_MAX_BYTES, LINKS_FOLLOWED_MAX, PATH_MAX_BYTES, WALK_NAMES_MAX,
+};
 use crate::error::{Error, Result};
 use crate::image::FileKind;
 use std::collections::{BTreeMap, HashSet, VecDeque};
@@ -315,7 +317,7 @@ impl Tree {
     fn walk(&mut self, components: &[&[u8]], make: bool) -> Result<Option<Step>> {
         let mut way = vec![Step { directory: Self::ROOT, path_bytes: 0 }];
         let mut rest: VecDeque<Box<[u8]>> = components.iter().map(|&name| name.into()).collect();
-        let mut followed = 0;
+        let (mut followed, mut passed) = (0, components.len());
         while let Some(name) = rest.pop_front() {
             let here = way[way.len() - 1];
             match &name[..] {
@@ -344,6 +346,13 @@ impl Tree {
                     }
                     if target.starts_with(b"/") {
                         way.truncate(1);
+                    }
+                    passed += target.split(|&byte| byte == b'/').count();
+                    if passed > WALK_NAMES_MAX {
+                        return Err(malformed!(
+                            "symbolic links on the way make it more than {WALK_NAMES_MAX} names \
+                             long: shorten what they lead to"
+                        ));
                     }
                     for part in target.split(|&byte| byte == b'/').rev() {
                         rest.push_front(part.into());

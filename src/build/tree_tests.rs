@@ -100,6 +100,22 @@ fn what_no_runtime_could_unpack_is_refused_by_name() {
 }
 
 #[test]
+fn links_that_lead_to_links_may_only_make_a_path_so_long() {
+    let mut tree = tree_of(&[("d", directory()), ("l0", link("d/../d"))]);
+    for number in 1..39 {
+        let target = format!("{}l{}", "d/../".repeat(800), number - 1);
+        tree.apply(format!("l{number}").as_bytes(), link(&target)).unwrap();
+    }
+    // Two of 1601 names each are well; a third is one too many.
+    tree.apply(b"l2/x", file()).unwrap();
+    assert!(tree.apply(b"l3/x", file()).is_err());
+    for entry in [file(), hard("l38/x")] {
+        let error = tree.apply(b"l38/x", entry).unwrap_err().to_string();
+        assert!(error.contains("more than 4096 names") && error.contains("l38/x"), "{error}");
+    }
+}
+
+#[test]
 fn whiteouts_spare_their_own_layer_and_ignore_what_is_not_there() {
     let mut tree = tree_of(&[("a/low", file()), ("b", file()), ("c", file())]);
     tree.begin_layer();

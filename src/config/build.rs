@@ -26,6 +26,10 @@ pub const BUILD_INODES_MAX: usize = 1 << 24;
 pub const PATH_MAX_BYTES: usize = 4096;
 /// Symbolic links followed on the way along a path: the kernel's MAXSYMLINKS.
 pub const LINKS_FOLLOWED_MAX: usize = 40;
+/// Names passed on the way along a path, those in the targets of links counted: a path has 2048 of
+/// one byte at most, and links may add as many. 40 links of 1600 names each would make 64000, for
+/// every path that leads through them.
+pub const WALK_NAMES_MAX: usize = PATH_MAX_BYTES;
 /// Directories of a walk may be nested so deep: each holds a descriptor, of 1024 by default.
 pub const BUILD_DEPTH_MAX: usize = 512;
 /// Names of one file's extended attributes: the kernel's XATTR_LIST_MAX.
