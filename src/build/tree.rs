@@ -72,6 +72,13 @@ pub struct Tree {
     pub(super) visits: u64,
 }
 
+/// A file and where it was found.
+struct Found {
+    parent: InodeId,
+    name: Box<[u8]>,
+    inode: InodeId,
+}
+
 /// A directory reached on the way along a path.
 #[derive(Clone, Copy)]
 struct Step {
@@ -114,11 +121,19 @@ impl Tree {
 
     /// The inode at a path whose last component is not followed.
     pub(super) fn find(&mut self, path: &[u8]) -> Result<Option<InodeId>> {
+        Ok(self.find_name(path)?.map(|found| found.inode))
+    }
+
+    /// The same with the directory that has its name.
+    fn find_name(&mut self, path: &[u8]) -> Result<Option<Found>> {
         let components = clean(path)?;
-        let Some((name, parents)) = components.split_last() else { return Ok(Some(Self::ROOT)) };
+        let Some((&name, parents)) = components.split_last() else {
+            return Ok(Some(Found { parent: Self::ROOT, name: Box::default(), inode: Self::ROOT }));
+        };
         let Some(parent) = self.walk(parents, false)? else { return Ok(None) };
-        let children = self.children(parent.directory);
-        Ok(children.and_then(|children| children.get(*name)).map(|child| child.inode))
+        let parent = parent.directory;
+        let child = self.children(parent).and_then(|children| children.get(name));
+        Ok(child.map(|child| Found { parent, name: name.into(), inode: child.inode }))
     }
 
     /// Applies what a layer says of a path, whiteouts included.
@@ -192,7 +207,7 @@ impl Tree {
         parent: InodeId,
         name: &[u8],
         entry: Entry,
-        linked: Option<InodeId>,
+        linked: Option<Found>,
     ) -> Result<()> {
         let present = self.children(parent).and_then(|children| children.get(name)).copied();
         let (attributes, content) = match entry {
@@ -218,11 +233,12 @@ impl Tree {
             }
             Entry::Special(attributes, kind) => (attributes, Content::Special(kind)),
             Entry::HardLink(_) => {
-                let inode = linked.expect("invariant: a hard link's target was looked up");
-                if present.is_some_and(|child| child.inode == inode) {
+                let target = linked.expect("invariant: a hard link's target was looked up");
+                if (target.parent, &*target.name) == (parent, name) {
                     return Err(malformed!("a hard link to itself"));
                 }
-                self.insert(parent, name, inode);
+                // One that is there already is said once more: it belongs to this layer too.
+                self.insert(parent, name, target.inode);
                 return Ok(());
             }
         };
@@ -301,13 +317,13 @@ impl Tree {
     }
 
     /// The inode a hard link leads to. Its last component is not followed.
-    fn link_target(&mut self, target: &[u8]) -> Result<InodeId> {
+    fn link_target(&mut self, target: &[u8]) -> Result<Found> {
         let shown = String::from_utf8_lossy(target);
         let nothing = || malformed!("a hard link to {shown:?}, which is not there");
-        let inode = self.find(target)?.ok_or_else(nothing)?;
-        match self.children(inode) {
+        let found = self.find_name(target)?.ok_or_else(nothing)?;
+        match self.children(found.inode) {
             Some(_) => Err(malformed!("a hard link to {shown:?}, which is a directory")),
-            None => Ok(inode),
+            None => Ok(found),
         }
     }
 

@@ -174,6 +174,19 @@ fn another_name_does_not_shield_the_first_from_a_whiteout() {
 }
 
 #[test]
+fn a_hard_link_may_be_said_again_in_its_layer_and_in_later_ones() {
+    let mut tree = tree_of(&[("b", file()), ("a", hard("b")), ("a", hard("b")), ("c", file())]);
+    tree.begin_layer();
+    for (path, entry) in [("a", hard("b")), (".wh.a", file()), (".wh.c", file())] {
+        tree.apply(path.as_bytes(), entry).unwrap();
+    }
+    // The second layer has it too, so its whiteout spares it.
+    assert_eq!(paths(&tree), ["/", "/a", "/b"]);
+    assert_eq!(tree.find(b"a").unwrap(), tree.find(b"b").unwrap());
+    assert!(tree.apply(b"a", hard("a")).unwrap_err().to_string().contains("itself"));
+}
+
+#[test]
 fn names_of_a_directory_on_the_host_are_no_whiteouts() {
     let mut tree = Tree::new();
     tree.begin_layer();
