@@ -36,6 +36,11 @@ impl Attributes {
             xattrs: Box::default(),
         }
     }
+
+    /// Bytes of the names and values of its extended attributes.
+    pub(super) fn xattr_bytes(&self) -> usize {
+        self.xattrs.iter().map(|(name, value)| name.len() + value.len()).sum()
+    }
 }
 
 /// Where the chunks of a file are in the builder's list of references.

@@ -51,6 +51,7 @@ mod directory;
 mod entry;
 mod feeder;
 mod gzip_index;
+mod node;
 mod numbering;
 mod pipeline;
 mod scribe;

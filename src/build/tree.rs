@@ -11,12 +11,15 @@
 //! Purely in memory: hostile paths meet no file system. After every `apply` the tree is one the
 //! format can hold: names have 1 to 255 bytes, paths at most `PATH_MAX_BYTES`.
 
-use super::entry::{Attributes, Entry, FileData, check_link_target, clean};
+use super::entry::{Attributes, Entry, check_link_target, clean};
+pub(super) use super::node::{Child, Content};
+pub use super::node::{InodeId, Node};
 use crate::config::{
-    BUILD_INODES_MAX, FILE_NAME_MAX_BYTES, LINKS_FOLLOWED_MAX, PATH_MAX_BYTES, WALK_NAMES_MAX,
+    BOOTSTRAP_MAX_BYTES, BUILD_INODES_MAX, FILE_NAME_MAX_BYTES, LINKS_FOLLOWED_MAX, PATH_MAX_BYTES,
+    WALK_NAMES_MAX,
 };
 use crate::error::{Error, Result};
-use crate::image::FileKind;
+use crate::image::inode_writer::DIRENT_BYTES;
 use std::collections::{BTreeMap, HashSet, VecDeque};
 
 /// Names of whiteouts start with this; the rest is what they take away.
@@ -25,37 +28,6 @@ const WHITEOUT: &[u8] = b".wh.";
 const OPAQUE: &[u8] = b".wh..wh..opq";
 /// Bookkeeping of aufs at the root of a layer, except the opaque mark: no part of the image.
 const AUFS: &[u8] = b".wh..wh.";
-
-/// The position of an inode in the tree.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct InodeId(pub(super) u32);
-
-/// A file of any kind, without its names.
-#[derive(Clone, Debug)]
-pub struct Node {
-    /// Owner, permissions, time, extended attributes.
-    pub(super) attributes: Attributes,
-    /// What it is and has.
-    pub(super) content: Content,
-}
-
-/// What an inode is and has.
-#[derive(Clone, Debug)]
-pub(super) enum Content {
-    Directory(BTreeMap<Box<[u8]>, Child>),
-    File(FileData),
-    Link(Box<[u8]>),
-    Device(FileKind, u32, u32),
-    Special(FileKind),
-}
-
-/// A name in a directory.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Child {
-    pub(super) inode: InodeId,
-    /// The last layer that put something here or below.
-    layer: u32,
-}
 
 /// The names and inodes of an image in the making.
 #[derive(Debug)]
@@ -67,6 +39,9 @@ pub struct Tree {
     /// there, and nothing of them can come back. So each is gone through once a layer, however
     /// many whiteouts name it.
     cleared: HashSet<InodeId>,
+    /// Bytes of the names, link targets and attributes that are held: at most what a bootstrap
+    /// could hold, wherever the layers came from.
+    pub(super) held_bytes: usize,
     /// Names that whiteouts looked at.
     #[cfg(test)]
     pub(super) visits: u64,
@@ -95,9 +70,10 @@ impl Tree {
     pub fn new() -> Self {
         let content = Content::Directory(BTreeMap::new());
         Tree {
-            nodes: vec![Node { attributes: Attributes::unknown(), content }],
+            nodes: vec![Node { attributes: Attributes::unknown(), content, names: 1 }],
             layer: 0,
             cleared: HashSet::new(),
+            held_bytes: 0,
             #[cfg(test)]
             visits: 0,
         }
@@ -194,10 +170,7 @@ impl Tree {
 
     fn apply_root(&mut self, entry: Entry) -> Result<()> {
         match entry {
-            Entry::Directory(attributes) => {
-                self.nodes[0].attributes = attributes;
-                Ok(())
-            }
+            Entry::Directory(attributes) => self.set_attributes(Self::ROOT, attributes),
             _ => Err(malformed!("the root is to become something else than a directory")),
         }
     }
@@ -215,7 +188,7 @@ impl Tree {
                 if let Some(child) = present
                     && self.children(child.inode).is_some()
                 {
-                    self.nodes[child.inode.0 as usize].attributes = attributes;
+                    self.set_attributes(child.inode, attributes)?;
                     self.touch(parent, name);
                     return Ok(());
                 }
@@ -238,27 +211,76 @@ impl Tree {
                     return Err(malformed!("a hard link to itself"));
                 }
                 // One that is there already is said once more: it belongs to this layer too.
-                self.insert(parent, name, target.inode);
-                return Ok(());
+                return self.insert(parent, name, target.inode);
             }
         };
         let inode = self.add(attributes, content)?;
-        self.insert(parent, name, inode);
-        Ok(())
+        self.insert(parent, name, inode)
     }
 
     fn add(&mut self, attributes: Attributes, content: Content) -> Result<InodeId> {
         if self.nodes.len() >= BUILD_INODES_MAX {
             return Err(unsupported!("more than {BUILD_INODES_MAX} files"));
         }
-        self.nodes.push(Node { attributes, content });
+        let node = Node { attributes, content, names: 0 };
+        self.hold(node.held_bytes())?;
+        self.nodes.push(node);
         Ok(InodeId(self.nodes.len() as u32 - 1))
     }
 
-    fn insert(&mut self, parent: InodeId, name: &[u8], inode: InodeId) {
+    fn set_attributes(&mut self, inode: InodeId, attributes: Attributes) -> Result<()> {
+        self.hold(attributes.xattr_bytes())?;
+        let node = &mut self.nodes[inode.0 as usize];
+        self.held_bytes -= node.attributes.xattr_bytes();
+        node.attributes = attributes;
+        Ok(())
+    }
+
+    fn hold(&mut self, bytes: usize) -> Result<()> {
+        if self.held_bytes + bytes > BOOTSTRAP_MAX_BYTES {
+            return Err(unsupported!(
+                "with it the image has more than {BOOTSTRAP_MAX_BYTES} bytes of names, link \
+                 targets and extended attributes, and no bootstrap can hold them: leave some out"
+            ));
+        }
+        self.held_bytes += bytes;
+        Ok(())
+    }
+
+    fn insert(&mut self, parent: InodeId, name: &[u8], inode: InodeId) -> Result<()> {
+        self.hold(name_bytes(name))?;
+        self.nodes[inode.0 as usize].names += 1;
         let child = Child { inode, layer: self.layer };
-        if let Content::Directory(children) = &mut self.nodes[parent.0 as usize].content {
-            children.insert(name.into(), child);
+        if let Content::Directory(children) = &mut self.nodes[parent.0 as usize].content
+            && let Some(replaced) = children.insert(name.into(), child)
+        {
+            self.release(name, replaced.inode);
+        }
+        Ok(())
+    }
+
+    /// Gives up a name that led to an inode; with the last one what the inode has, and so on below.
+    fn release(&mut self, name: &[u8], inode: InodeId) {
+        self.held_bytes -= name_bytes(name);
+        let mut pending = vec![inode];
+        while let Some(inode) = pending.pop() {
+            let node = &mut self.nodes[inode.0 as usize];
+            node.names -= 1;
+            if node.names > 0 {
+                continue;
+            }
+            self.held_bytes -= node.held_bytes();
+            node.attributes.xattrs = Box::default();
+            match &mut node.content {
+                Content::Link(target) => *target = Box::default(),
+                Content::Directory(children) => {
+                    for (name, child) in std::mem::take(children) {
+                        self.held_bytes -= name_bytes(&name);
+                        pending.push(child.inode);
+                    }
+                }
+                _ => {}
+            }
         }
     }
 
@@ -298,6 +320,7 @@ impl Tree {
             let Some(child) = children.get(&name).copied() else { continue };
             if child.layer != layer {
                 children.remove(&name);
+                self.release(&name, child.inode);
             } else {
                 pending.extend(self.uncleared(child.inode));
             }
@@ -391,20 +414,8 @@ impl Tree {
         check_name(name, parent.path_bytes)?;
         let content = Content::Directory(BTreeMap::new());
         let inode = self.add(Attributes::unknown(), content)?;
-        self.insert(parent.directory, name, inode);
+        self.insert(parent.directory, name, inode)?;
         Ok(inode)
-    }
-}
-
-impl Node {
-    /// What kind of file it is.
-    pub(super) fn kind(&self) -> FileKind {
-        match self.content {
-            Content::Directory(_) => FileKind::Directory,
-            Content::File(_) => FileKind::File,
-            Content::Link(_) => FileKind::Link,
-            Content::Device(kind, ..) | Content::Special(kind) => kind,
-        }
     }
 }
 
@@ -412,6 +423,11 @@ impl Default for Tree {
     fn default() -> Self {
         Tree::new()
     }
+}
+
+/// What a name costs in a directory of the image.
+fn name_bytes(name: &[u8]) -> usize {
+    DIRENT_BYTES + name.len()
 }
 
 fn named(error: Error, path: &[u8]) -> Error {

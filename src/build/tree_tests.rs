@@ -3,6 +3,7 @@
 
 use super::entry::{Attributes, Entry, FileData};
 use super::tree::{Content, Tree};
+use crate::config::BOOTSTRAP_MAX_BYTES;
 use crate::error::Error;
 use crate::image::FileKind;
 
@@ -113,6 +114,52 @@ fn links_that_lead_to_links_may_only_make_a_path_so_long() {
         let error = tree.apply(b"l38/x", entry).unwrap_err().to_string();
         assert!(error.contains("more than 4096 names") && error.contains("l38/x"), "{error}");
     }
+}
+
+#[test]
+fn what_is_replaced_or_taken_away_holds_nothing() {
+    let heavy = || {
+        let xattrs = [(b"user.a"[..].into(), vec![7; 60_000].into())].into();
+        Attributes { xattrs, ..Attributes::unknown() }
+    };
+    let kinds = || {
+        [
+            Entry::File(heavy(), FileData::default()),
+            Entry::Directory(heavy()),
+            Entry::Link(heavy(), vec![b't'; 4000]),
+            Entry::Special(heavy(), FileKind::Pipe),
+        ]
+    };
+    let mut tree = Tree::new();
+    tree.begin_layer();
+    for entry in kinds().into_iter().chain(kinds()) {
+        tree.apply(b"a", entry).unwrap();
+        assert!((60_000..70_000).contains(&tree.held_bytes), "{}", tree.held_bytes);
+    }
+    // A file holds what it has as long as one name leads to it, whatever replaces its directory.
+    tree.apply(b"d/sub/x", Entry::File(heavy(), FileData::default())).unwrap();
+    tree.apply(b"d", hard("d/sub/x")).unwrap();
+    assert!((120_000..130_000).contains(&tree.held_bytes), "{}", tree.held_bytes);
+    tree.begin_layer();
+    for path in ["", "", "e"] {
+        tree.apply(path.as_bytes(), Entry::Directory(heavy())).unwrap();
+    }
+    assert!((240_000..250_000).contains(&tree.held_bytes), "{}", tree.held_bytes);
+    tree.begin_layer();
+    tree.apply(b"", directory()).unwrap();
+    tree.apply(b".wh..wh..opq", file()).unwrap();
+    assert_eq!((tree.held_bytes, paths(&tree)), (0, vec!["/".to_owned()]));
+}
+
+#[test]
+fn more_than_a_bootstrap_could_hold_is_refused() {
+    let mut tree = Tree::new();
+    tree.begin_layer();
+    tree.held_bytes = BOOTSTRAP_MAX_BYTES - 20;
+    tree.apply(b"a", file()).unwrap();
+    let error = tree.apply(b"b", link("a target")).unwrap_err();
+    assert!(matches!(error, Error::Unsupported(_)), "{error:?}");
+    assert!(error.to_string().starts_with("\"b\": "), "{error}");
 }
 
 #[test]

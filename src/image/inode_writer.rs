@@ -178,7 +178,8 @@ pub struct WrittenEntry<'a> {
     pub kind: FileKind,
 }
 
-const DIRENT_BYTES: usize = 12;
+/// Bytes of a directory for one name, besides the name.
+pub const DIRENT_BYTES: usize = 12;
 
 /// How many of the names, taken in order, share the next block, and how many bytes they fill.
 fn fill_block<'a>(names: impl Iterator<Item = &'a [u8]>) -> (usize, usize) {
