@@ -122,7 +122,11 @@ impl Images {
                 )));
             }
             let manifest = Manifest::parse(&fetch(entry)?)?;
-            images.push(SourceImage::read(entry, manifest, fetch)?);
+            let image = SourceImage::read(entry, manifest, fetch)?;
+            // An entry need not say whom it is for; its configuration always does.
+            if wanted.is_none_or(|wanted| is_for(image.platform(), wanted)) {
+                images.push(image);
+            }
         }
         match images.is_empty() {
             true => Err(Error::NotFound(match wanted {
@@ -139,6 +143,12 @@ impl Images {
 }
 
 impl SourceImage {
+    /// What machine it is for: as its index says, which may know the variant, or its configuration.
+    pub fn platform(&self) -> &Platform {
+        let listed = self.descriptor.as_ref().and_then(|entry| entry.platform.as_ref());
+        listed.unwrap_or(&self.config.platform)
+    }
+
     fn read(entry: &Descriptor, manifest: Manifest, fetch: Fetch<'_>) -> Result<SourceImage> {
         if manifest.layers.iter().any(Descriptor::is_nydus) {
             return Err(Error::Unsupported(
@@ -281,6 +291,22 @@ mod tests {
         let alone = shelf.0[&entries[0].digest_text()].clone();
         assert!(shelf.read(&alone, Some("linux/amd64")).unwrap().index.is_none());
         assert!(matches!(shelf.read(&alone, Some("linux/arm64")), Err(Error::NotFound(_))));
+    }
+
+    #[test]
+    fn an_entry_that_names_no_platform_has_that_of_its_configuration() {
+        let mut shelf = Shelf::default();
+        let entries = ["arm64", "amd64"].map(|architecture| Descriptor {
+            platform: None,
+            ..shelf.image(architecture, LAYER_GZIP)
+        });
+        let bytes = index(&entries, &BTreeMap::new());
+        for wanted in ["amd64", "arm64"] {
+            let found = shelf.read(&bytes, Some(&format!("linux/{wanted}"))).unwrap();
+            assert_eq!(found.images.len(), 1);
+            assert_eq!(found.images[0].config.platform.architecture, wanted);
+        }
+        assert!(matches!(shelf.read(&bytes, Some("linux/s390x")), Err(Error::NotFound(_))));
     }
 
     #[test]
