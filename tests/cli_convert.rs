@@ -246,6 +246,27 @@ fn all_platforms_are_converted_or_the_one_that_is_named() {
 }
 
 #[test]
+fn platforms_are_shown_with_the_variant_only_an_index_knows() {
+    let bench = Bench::new();
+    let multi = bench.path("multi");
+    layout(&multi, "v1", &three_layers(), &["arm", "arm"]);
+    let mut list = document(&multi, &top(&multi, "v1"));
+    for (entry, variant) in list["manifests"].as_array_mut().unwrap().iter_mut().zip(["v6", "v7"]) {
+        entry["platform"]["variant"] = variant.into();
+    }
+    let media_type = "application/vnd.oci.image.index.v1+json";
+    let mut entry = keep(&multi, media_type, list.to_string().as_bytes());
+    entry["annotations"] = json!({ "org.opencontainers.image.ref.name": "v1" });
+    let index = json!({ "schemaVersion": 2, "manifests": [entry] }).to_string();
+    fs::write(multi.join("index.json"), index).unwrap();
+    let source = bench.oci("multi", "v1");
+    let said = bench.refused(&[&source, &format!("dir:{}", bench.path("flat").display())]);
+    assert!(said.contains("linux/arm/v6, linux/arm/v7"), "{said}");
+    let report = bench.convert(&["--platform", "linux/arm/v7", &source, &bench.oci("one", "n")]);
+    assert_eq!(report["images"][0]["platform"], "linux/arm/v7");
+}
+
+#[test]
 fn a_broken_connection_costs_nothing_and_a_failing_registry_leaves_no_tag() {
     let bench = Bench::new();
     let registry = Registry::start(&[]);

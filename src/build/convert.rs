@@ -151,7 +151,7 @@ impl<'a> Conversion<'a> {
     pub fn run(&mut self, images: &Images) -> Result<Vec<Converted>> {
         if self.sink.is_single() && images.images.len() > 1 {
             let known: Vec<String> =
-                images.images.iter().map(|image| platform_text(&image.config.platform)).collect();
+                images.images.iter().map(|image| platform_text(image.platform())).collect();
             return Err(Error::Malformed(format!(
                 "the destination holds one image; choose with --platform: {}",
                 known.join(", ")
@@ -163,7 +163,7 @@ impl<'a> Conversion<'a> {
         }
         let mut made = Vec::new();
         for image in &images.images {
-            let shown = platform_text(&image.config.platform);
+            let shown = platform_text(image.platform());
             made.push(self.make(image).map_err(|error| match images.images.len() {
                 1 => error,
                 _ => error.context(shown),
@@ -228,7 +228,7 @@ impl<'a> Conversion<'a> {
         };
         let manifest = self.store_config(source, &layers, &new)?;
         let converted = Converted {
-            platform: platform_text(&source.config.platform),
+            platform: platform_text(source.platform()),
             manifest: manifest.0.digest_text(),
             docker_manifest: docker.as_ref().map(|(docker, _)| docker.digest_text()),
             source_bytes: source.layers.iter().map(|layer| layer.descriptor.size).sum(),
@@ -372,8 +372,7 @@ impl<'a> Conversion<'a> {
         let subject = source.descriptor.as_ref().filter(|_| self.order.refers);
         let bytes = manifest(&described, layers, subject, &source.annotations);
         let mut entry = describe(MANIFEST, &bytes);
-        let known = source.descriptor.as_ref().and_then(|old| old.platform.clone());
-        entry.platform = Some(known.unwrap_or_else(|| source.config.platform.clone()));
+        entry.platform = Some(source.platform().clone());
         Ok((entry, bytes))
     }
 
