@@ -391,6 +391,13 @@ fn what_is_not_an_image_or_is_one_already_is_refused() {
     bench.convert(&[&bench.oci("src", "v1"), &bench.oci("dst", "n")]);
     let said = bench.refused(&[&bench.oci("dst", "n"), &bench.oci("x", "n")]);
     assert!(said.contains("lazily loadable already"), "{said}");
+    for made in ["dir:folder", "docker-archive:archive.tar", "docker-archive:named.tar:app:n"] {
+        let (kind, name) = made.split_once(':').unwrap();
+        let made = format!("{kind}:{}", bench.path(name).display());
+        bench.convert(&[&bench.oci("src", "v1"), &made]);
+        let said = bench.refused(&[&made, &bench.oci("x", "n")]);
+        assert!(said.contains("lazily loadable already"), "{said}");
+    }
     let said = bench.refused(&[&bench.oci("absent", "n"), &bench.oci("x", "n")]);
     assert!(said.contains("absent"), "{said}");
     let folder = bench.path("odd");

@@ -15,12 +15,16 @@ use super::documents::{LAYER_TAR, descriptor};
 use super::image_config::ImageConfig;
 use super::layer_stream::LayerStream;
 use super::source::{Images, LayerInput, Source, SourceImage, SourceLayer, is_for, platform_text};
+use super::stream;
 use crate::config as limits;
 use crate::error::{Error, Result};
 use crate::image::Digest;
+use crate::image::layer::BOOTSTRAP_PATH;
 use crate::image::manifest::Platform;
 use crate::registry::reference::Reference;
 use crate::tar::{Archive, Kind};
+
+const BOOTSTRAP_DIRECTORY: &str = "image";
 
 /// What `manifest.json` says of one image.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -182,6 +186,13 @@ impl Source for DockerArchive {
                 self.chosen.layers.len()
             ));
         }
+        if let Some(last) = self.chosen.layers.last()
+            && is_bootstrap_layer(self.section(self.members.find(last)?)?)
+        {
+            return Err(unsupported!(
+                "the image is lazily loadable already; convert the one it was made from"
+            ));
+        }
         self.diff_ids.clone_from(&config.diff_ids);
         let mut layers = Vec::new();
         for (number, (member, diff_id)) in
@@ -217,6 +228,23 @@ impl Source for DockerArchive {
 }
 
 const GZIP_MAGIC: [u8; 2] = [0x1f, 0x8b];
+
+/// Whether a layer begins with a bootstrap, as that of a lazily loadable image does. An archive has
+/// no annotation that would say so.
+fn is_bootstrap_layer(layer: impl Read) -> bool {
+    let Ok(tar) = stream::open(layer) else { return false };
+    let mut archive = Archive::new(tar);
+    while let Ok(Some(member)) = archive.next_member() {
+        // Its directory comes first.
+        if member.kind != Kind::Directory {
+            return normal(&String::from_utf8_lossy(&member.path)) == BOOTSTRAP_PATH;
+        }
+        if normal(&String::from_utf8_lossy(&member.path)) != BOOTSTRAP_DIRECTORY {
+            return false;
+        }
+    }
+    false
+}
 
 fn refuse_compressed(mut file: File) -> Result<File> {
     let mut magic = [0; 2];

@@ -8,16 +8,17 @@ use super::docker_archive::DockerArchive;
 use super::docker_save::DockerSink;
 use super::documents::{LAYER_TAR, descriptor};
 use super::image_config::ImageConfig;
-use super::oci_layout::{OciSink, OciSource};
+use super::oci_layout::{OciSink, OciSource, read_small};
 use super::place::Place;
 use super::registry_image::{RegistrySink, RegistrySource};
 use super::sink::Sink;
 use super::source::{Images, LayerInput, Library, Source, SourceImage, SourceLayer};
 use super::tally::Tally;
-use super::unpacked::UnpackedSink;
+use super::unpacked::{BOOTSTRAP_NAME, UnpackedSink};
+use crate::config::BOOTSTRAP_MAX_BYTES;
 use crate::error::{Error, Result};
-use crate::image::Digest;
 use crate::image::manifest::{Document, Manifest, Platform};
+use crate::image::{Bootstrap, Digest};
 use crate::registry::origin::Scheme;
 
 /// Opens a place to read from.
@@ -118,6 +119,7 @@ impl Source for DirectorySource {
         if !self.path.is_dir() {
             return Err(Error::NotFound(format!("{}: no such directory", self.path.display())));
         }
+        refuse_unpacked(&self.path)?;
         let config = ImageConfig::plain(wanted.cloned().unwrap_or_else(Platform::here));
         // Nobody knows digest and size of a tar that is never made.
         let descriptor = descriptor(LAYER_TAR, Digest([0; 32]), 0);
@@ -129,5 +131,23 @@ impl Source for DirectorySource {
 
     fn layer(&self, _: &SourceLayer) -> Result<LayerInput> {
         Ok(LayerInput::Directory(self.path.clone()))
+    }
+}
+
+/// Refuses the directory of an image that is lazily loadable already: its files are not those of
+/// the image, and nobody wants an image of them.
+fn refuse_unpacked(directory: &Path) -> Result<()> {
+    let path = directory.join(BOOTSTRAP_NAME);
+    if !path.is_file() {
+        return Ok(());
+    }
+    let bootstrap = read_small(&path, BOOTSTRAP_MAX_BYTES).and_then(Bootstrap::parse);
+    match bootstrap {
+        Ok(_) => Err(unsupported!(
+            "its {BOOTSTRAP_NAME} makes it an image that is lazily loadable already; convert the \
+             one it was made from, or what `sluice unpack {}` makes of it",
+            directory.display()
+        )),
+        Err(_) => Ok(()),
     }
 }
