@@ -260,6 +260,23 @@ fn files_named_for_prefetch_are_listed_in_their_order() {
 }
 
 #[test]
+fn a_zstd_layer_may_begin_with_a_frame_to_skip() {
+    let plain = tar_of(&[("a", &noise(30_000, 6)), ("b/c", b"text text text text")]);
+    let (front, back) = plain.split_at(20_000);
+    let mut layer = Vec::new();
+    // As pzstd writes: each frame behind one that tells its size.
+    for part in [front, back] {
+        let frame = zstd::bulk::compress(part, 3).expect("memory");
+        layer.extend([0x50, 0x2a, 0x4d, 0x18, 4, 0, 0, 0]);
+        layer.extend((frame.len() as u32).to_le_bytes());
+        layer.extend(frame);
+    }
+    let out = tempfile::tempdir().expect("a folder");
+    let image = build_tars(ordinary(), out.path(), &[&layer]).expect("an image");
+    assert_eq!(Folder::of(out.path(), &image).unpacked().len(), 4);
+}
+
+#[test]
 fn layers_that_are_cut_or_damaged_are_refused_and_leave_nothing() {
     let plain = tar_of(&[("a", &noise(30_000, 6)), ("b/c", b"text text text text")]);
     let gzip = gzip_members(&plain, 20_000);

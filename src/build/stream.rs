@@ -3,12 +3,11 @@
 use super::options::Progress;
 use crate::config::BUILD_READ_BYTES;
 use crate::error::{Error, Result};
+use crate::image::layer::{GZIP_MAGIC, ZSTD_MAGIC, is_zstd};
 use std::cell::Cell;
 use std::io::{BufReader, Read};
 use std::rc::Rc;
 
-const GZIP_MAGIC: &[u8] = &[0x1f, 0x8b];
-const ZSTD_MAGIC: &[u8] = &[0x28, 0xb5, 0x2f, 0xfd];
 /// The largest window a zstd layer may ask memory for: 128 MiB, what `zstd` itself accepts.
 const ZSTD_WINDOW_LOG_MAX: u32 = 27;
 
@@ -20,7 +19,7 @@ pub(super) fn open<'a>(mut layer: impl Read + 'a) -> Result<Box<dyn Read + 'a>> 
     if front.starts_with(GZIP_MAGIC) {
         return Ok(Box::new(flate2::bufread::MultiGzDecoder::new(buffered)));
     }
-    if front.starts_with(ZSTD_MAGIC) {
+    if is_zstd(&front) {
         let mut decoder =
             zstd::stream::Decoder::with_buffer(buffered).map_err(|error| unreadable(&error))?;
         decoder.window_log_max(ZSTD_WINDOW_LOG_MAX).map_err(|error| unreadable(&error))?;

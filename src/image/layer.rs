@@ -10,8 +10,10 @@ use std::io::{BufReader, Read};
 /// Where a layer keeps its bootstrap.
 pub const BOOTSTRAP_PATH: &str = "image/image.boot";
 
-const GZIP_MAGIC: &[u8] = &[0x1f, 0x8b];
-const ZSTD_MAGIC: &[u8] = &[0x28, 0xb5, 0x2f, 0xfd];
+/// What a gzip layer begins with.
+pub const GZIP_MAGIC: &[u8] = &[0x1f, 0x8b];
+/// What a zstd frame begins with.
+pub const ZSTD_MAGIC: &[u8] = &[0x28, 0xb5, 0x2f, 0xfd];
 /// The largest window a zstd layer may ask memory for: 8 MiB, as the format recommends.
 const ZSTD_WINDOW_LOG_MAX: u32 = 23;
 
@@ -23,13 +25,20 @@ pub fn read_bootstrap(layer: impl Read) -> Result<Vec<u8>> {
     let front = std::io::BufRead::fill_buf(&mut layer).map_err(broken)?;
     if front.starts_with(GZIP_MAGIC) {
         scan(flate2::bufread::MultiGzDecoder::new(layer))
-    } else if front.starts_with(ZSTD_MAGIC) {
+    } else if is_zstd(front) {
         let mut decoder = zstd::stream::Decoder::with_buffer(layer).map_err(broken)?;
         decoder.window_log_max(ZSTD_WINDOW_LOG_MAX).map_err(broken)?;
         scan(decoder)
     } else {
         scan(layer)
     }
+}
+
+/// Whether a layer is zstd. One that several threads packed (pzstd) begins with a frame to skip,
+/// RFC 8878 section 3.1.2, whose first byte is any of 16.
+pub fn is_zstd(front: &[u8]) -> bool {
+    front.starts_with(ZSTD_MAGIC)
+        || matches!(front, [kind, 0x2a, 0x4d, 0x18, ..] if kind & 0xf0 == 0x50)
 }
 
 fn scan(tar: impl Read) -> Result<Vec<u8>> {
@@ -97,7 +106,8 @@ mod tests {
         for path in ["image/image.boot", "./image/image.boot"] {
             let tar = tar_of(&[(&long, b"x"), ("image/other", b"no"), (path, b"boot")]);
             let zstd = zstd::bulk::compress(&tar, 3).unwrap();
-            for layer in [tar.clone(), gzip(&tar), zstd] {
+            let skipped = [&[0x5f, 0x2a, 0x4d, 0x18, 2, 0, 0, 0, 7, 7], &zstd[..]].concat();
+            for layer in [tar.clone(), gzip(&tar), zstd, skipped] {
                 assert_eq!(read_bootstrap(&layer[..]).unwrap(), b"boot");
             }
         }
