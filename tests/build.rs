@@ -307,7 +307,11 @@ fn layers_that_are_cut_or_damaged_are_refused_and_leave_nothing() {
 fn layers_that_cannot_stay_as_they_are_say_what_to_do() {
     let out = tempfile::tempdir().expect("a folder");
     let plain = tar_of(&[("a", b"x")]);
-    assert!(build_as_is(out.path(), &plain, ordinary()).is_err(), "no gzip");
+    for layer in [plain.clone(), zstd::bulk::compress(&plain, 3).expect("memory")] {
+        let Err(error) = build_as_is(out.path(), &layer, ordinary()) else { panic!("no gzip") };
+        assert!(matches!(error, Error::Unsupported(_)), "{error:?}");
+        assert!(error.to_string().contains("convert it instead (--to rafs)"), "{error}");
+    }
     // One stream whose blocks are so long that it cannot be entered where it would have to be.
     let zeros = gzip_members(&tar_of(&[("a", &vec![0; 64 << 20])]), usize::MAX);
     match build_as_is(out.path(), &zeros, options(Compression::None, 16 << 20)) {

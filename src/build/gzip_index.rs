@@ -11,6 +11,7 @@ use crate::config::{BUILD_READ_BYTES, DEFLATE_DICTIONARY_MAX_BYTES};
 use crate::error::{Error, Result};
 use crate::image::codec::{GZIP_TRAILER_BYTES, gzip_header_bytes};
 use crate::image::inflate::Inflater;
+use crate::image::layer::GZIP_MAGIC;
 use std::fs::File;
 use std::io::{BufWriter, Read, Write};
 use std::path::Path;
@@ -76,10 +77,13 @@ pub(super) struct GzipReader<R> {
 
 impl<R: Read> GzipReader<R> {
     /// Windows go to a temporary file in `directory`.
+    ///
+    /// # Errors
+    /// `Unsupported` when the layer is something else than gzip.
     pub(super) fn new(layer: R, directory: &Path, number: usize) -> Result<Self> {
         let partial = Partial::new(directory.join(partial_name("windows", number)));
         let file = partial.create()?;
-        Ok(GzipReader {
+        let mut reader = GzipReader {
             layer,
             input: vec![0; BUILD_READ_BYTES],
             next: 0,
@@ -95,7 +99,13 @@ impl<R: Read> GzipReader<R> {
             windows: BufWriter::new(file),
             window_bytes: 0,
             partial,
-        })
+        };
+        // Before the first byte is given: what `Read` fails with has forgotten its kind.
+        let is_whole = reader.refill(GZIP_MAGIC.len())?;
+        if is_whole && !reader.input.starts_with(GZIP_MAGIC) {
+            return Err(unsupported!("the layer is no gzip: convert it instead (--to rafs)"));
+        }
+        Ok(reader)
     }
 
     /// What was noted; the stream has been read to its end.
