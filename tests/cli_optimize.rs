@@ -6,7 +6,7 @@ use serde_json::Value;
 use std::fs;
 use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
-use support::layouts::{layout, noise, tar, three_layers};
+use support::layouts::{document, layout, noise, tar, three_layers, top};
 use support::registry::Registry;
 use tempfile::TempDir;
 
@@ -134,6 +134,23 @@ fn an_image_in_a_registry_keeps_its_name_or_gets_a_new_one() {
         bench.optimize(&image(kind), &[]);
         let twice = bench.json(&["inspect", "--plain-http", &image(kind)])["blobs"].clone();
         assert_eq!(once, twice, "{kind}");
+    }
+}
+
+#[test]
+fn the_same_trace_again_gives_the_same_image() {
+    let bench = Bench::new();
+    for kind in ["rafs", "zran"] {
+        let (folder, image) = (bench.path(kind), bench.oci(kind, "n"));
+        let arguments = ["convert", "--platform", "linux/amd64", "--to", kind];
+        bench.succeed(&[&arguments[..], &[&bench.oci("src", "v1"), &image]].concat());
+        let manifests = [1, 2, 3].map(|_| {
+            bench.optimize(&image, &[]);
+            document(&folder, &top(&folder, "n"))
+        });
+        let config = |manifest: &Value| document(&folder, &manifest["config"]);
+        assert_eq!(manifests[0], manifests[1], "{kind}: {}", config(&manifests[1]));
+        assert_eq!(manifests[1], manifests[2], "{kind}");
     }
 }
 

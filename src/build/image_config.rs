@@ -127,6 +127,7 @@ impl ImageConfig {
     }
 
     /// The old lines in their order; one is an `empty_layer` when no new layer stands for its own.
+    /// Lines of ours that are said anew go, or each time an image is optimised it would have more.
     fn history_of(&self, layers: &[NewLayer]) -> Vec<Value> {
         let is_empty = |line: &Value| line.get("empty_layer") == Some(&Value::Bool(true));
         let told = self.history.iter().filter(|line| !is_empty(line)).count();
@@ -141,10 +142,14 @@ impl ImageConfig {
             let mut line = line.clone();
             if !is_empty(&line) {
                 let is_kept = speaks_of_all && has(Origin::Layer(number));
+                number += 1;
+                if !is_kept && [Origin::Start, Origin::Bootstrap].map(Origin::line).contains(&line)
+                {
+                    continue;
+                }
                 if let (false, Some(line)) = (is_kept, line.as_object_mut()) {
                     line.insert("empty_layer".into(), Value::Bool(true));
                 }
-                number += 1;
             }
             history.push(line);
         }
@@ -206,6 +211,20 @@ mod tests {
             ("sluice convert", false),
         ];
         assert_eq!(found, expected.map(|(text, empty)| (text.to_owned(), empty)));
+    }
+
+    #[test]
+    fn a_second_start_says_nothing_more_than_the_first() {
+        let optimised = [
+            new("sha256:0", Origin::Start),
+            new("sha256:1", Origin::Layer(1)),
+            new("sha256:2", Origin::Layer(2)),
+            new("sha256:3", Origin::Bootstrap),
+        ];
+        let told = json!([{ "created_by": "a" }, { "created_by": "b" }, { "created_by": "c" }]);
+        let written = config(told).rewritten(&optimised);
+        let once = ImageConfig::parse(&written).unwrap();
+        assert_eq!(once.rewritten(&optimised), written);
     }
 
     #[test]

@@ -86,7 +86,9 @@ fn layers(
     let mut layers = vec![Descriptor { annotations: marks, ..start }];
     let mut told = vec![start_layer];
     for (number, (layer, diff_id)) in old.layers.iter().zip(&config.diff_ids).enumerate() {
-        if layer.digest != bootstrap.digest && needed.contains(&layer.digest) {
+        // The start is in front already, also when the same trace made it before.
+        let is_new = layer.digest != bootstrap.digest && layer.digest != digest;
+        if is_new && needed.contains(&layer.digest) {
             layers.push(layer.clone());
             told.push(NewLayer { diff_id: diff_id.clone(), origin: Origin::Layer(number) });
         }
