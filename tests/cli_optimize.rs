@@ -180,6 +180,18 @@ fn a_layout_is_an_image_for_every_command() {
 }
 
 #[test]
+fn an_image_for_docker_stays_one() {
+    let bench = Bench::new();
+    bench.succeed(&["convert", "--also-docker", &bench.oci("src", "v1"), &bench.oci("dst", "n")]);
+    let (index, trace) = (fs::read(bench.path("dst/index.json")).unwrap(), bench.path("trace"));
+    let image = bench.oci("dst", "n-docker");
+    let output = bench.run(&["optimize", &image, "--trace", trace.to_str().unwrap()]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output).contains("the tag that lists its blobs"), "{}", text(&output));
+    assert_eq!(fs::read(bench.path("dst/index.json")).unwrap(), index);
+}
+
+#[test]
 fn a_trace_that_does_not_fit_changes_nothing() {
     let bench = Bench::new();
     let image = bench.oci("dst", "n");

@@ -73,6 +73,12 @@ fn layers(
 ) -> Result<(Vec<Descriptor>, Vec<NewLayer>)> {
     let needed = needed(&image.bootstrap)?;
     let bootstrap = old.nydus_layers()?.bootstrap;
+    if old.layers.iter().all(|layer| layer.digest == bootstrap.digest) {
+        return Err(unsupported!(
+            "its manifest lists no blobs, so that any Docker can unpack the image, and with one \
+             none could: optimise the image under the tag that lists its blobs"
+        ));
+    }
     if config.diff_ids.len() != old.layers.len() {
         return Err(malformed!("the configuration does not know the layers of the manifest"));
     }
