@@ -142,8 +142,9 @@ fn the_same_trace_again_gives_the_same_image() {
     let bench = Bench::new();
     for kind in ["rafs", "zran"] {
         let (folder, image) = (bench.path(kind), bench.oci(kind, "n"));
-        let arguments = ["convert", "--platform", "linux/amd64", "--to", kind];
+        let arguments = ["convert", "--referrer", "--platform", "linux/amd64", "--to", kind];
         bench.succeed(&[&arguments[..], &[&bench.oci("src", "v1"), &image]].concat());
+        let before = document(&folder, &top(&folder, "n"));
         let manifests = [1, 2, 3].map(|_| {
             bench.optimize(&image, &[]);
             document(&folder, &top(&folder, "n"))
@@ -151,6 +152,10 @@ fn the_same_trace_again_gives_the_same_image() {
         let config = |manifest: &Value| document(&folder, &manifest["config"]);
         assert_eq!(manifests[0], manifests[1], "{kind}: {}", config(&manifests[1]));
         assert_eq!(manifests[1], manifests[2], "{kind}");
+        assert!(before["subject"].is_object(), "{before}");
+        for key in ["subject", "artifactType"] {
+            assert_eq!(manifests[0][key], before[key], "{kind}");
+        }
     }
 }
 

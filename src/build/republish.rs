@@ -13,7 +13,7 @@ use super::sink::{Body, Content, Name, Sink};
 use super::source::Library;
 use crate::error::Result;
 use crate::image::manifest::{
-    BLOB_ANNOTATION, BLOB_MEDIA_TYPE, Descriptor, Document, Index, Manifest, Platform,
+    BLOB_ANNOTATION, BLOB_MEDIA_TYPE, Descriptor, Document, Index, Manifest, Platform, subject,
 };
 use crate::image::{Bootstrap, Digest};
 
@@ -26,12 +26,12 @@ pub fn republish(
     image: Optimized,
 ) -> Result<Descriptor> {
     let (top, bytes) = library.top()?;
-    let (old, around) = match Document::parse(&bytes)? {
-        Document::Manifest(manifest) => (manifest, None),
+    let (old, subject, around) = match Document::parse(&bytes)? {
+        Document::Manifest(manifest) => (manifest, subject(&bytes), None),
         Document::Index(index) => {
             let entry = index.choose(platform)?.clone();
-            let manifest = library.document(&entry)?;
-            (Manifest::parse(&manifest)?, Some((index, entry)))
+            let bytes = library.document(&entry)?;
+            (Manifest::parse(&bytes)?, subject(&bytes), Some((index, entry)))
         }
     };
     let config = ImageConfig::parse(&library.document(&old.config)?)?;
@@ -40,7 +40,7 @@ pub fn republish(
     let described = describe(CONFIG, &written);
     put(sink, &described, Body::Bytes(written))?;
     sink.settle()?;
-    let bytes = manifest(&described, &layers, None, &old.annotations);
+    let bytes = manifest(&described, &layers, subject.as_ref(), &old.annotations);
     let mut made = describe(MANIFEST, &bytes);
     let Some((index, entry)) = around else {
         made.platform = top.platform;
