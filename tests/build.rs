@@ -235,6 +235,21 @@ fn blobs_that_were_there_stay_whatever_becomes_of_a_build() {
 }
 
 #[test]
+fn a_damaged_blob_is_made_good_by_the_next_build() {
+    let out = tempfile::tempdir().expect("a folder");
+    let layer = tar_of(&[("a", &noise(100_000, 9))]);
+    let image = build_tars(ordinary(), out.path(), &[&layer]).expect("an image");
+    let path = image.blobs[0].path.clone().expect("a file");
+    let right = std::fs::read(&path).expect("the blob");
+    let mut wrong = right.clone();
+    wrong[5] ^= 1;
+    std::fs::write(&path, wrong).expect("written");
+    let again = build_tars(ordinary(), out.path(), &[&layer]).expect("an image");
+    assert!(!again.blobs[0].is_new, "it may be another image's");
+    assert!(std::fs::read(&path).expect("the blob") == right);
+}
+
+#[test]
 fn images_without_data_have_no_blobs() {
     let out = tempfile::tempdir().expect("a folder");
     let image = build_tars(ordinary(), out.path(), &[&tar_of(&[("empty", b"")])]).expect("fine");

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::Read;
+use std::io::{Read, sink};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -149,32 +149,25 @@ impl OciSink {
             Body::File(file) => move_file(file, &path, &self.partial),
         }
     }
-
-    fn is_there(&self, descriptor: &Descriptor) -> bool {
-        let path = self.layout.blob_path(descriptor);
-        fs::metadata(path).is_ok_and(|known| known.is_file() && known.len() == descriptor.size)
-    }
 }
 
 impl Sink for OciSink {
     fn has(&mut self, descriptor: &Descriptor, _: Option<&str>) -> Result<bool> {
-        Ok(self.is_there(descriptor))
+        Ok(is_whole(&self.layout.blob_path(descriptor), descriptor))
     }
 
     fn put(&mut self, content: Content) -> Result<()> {
         let size = content.descriptor.size;
         self.tally.stored_bytes.add(size);
-        if self.is_there(&content.descriptor) {
-            self.tally.blobs_existing.add(1);
-            self.tally.bytes_existing.add(size);
-            if let Body::File(path) = &content.body {
-                let _ = fs::remove_file(path);
-            }
-        } else {
-            self.store(&content.descriptor, &content.body)?;
-            self.tally.blobs_sent.add(1);
-            self.tally.bytes_sent.add(size);
-        }
+        let known = fs::metadata(self.layout.blob_path(&content.descriptor));
+        // Stored even so: what is there may be damaged, and a rename costs nothing.
+        self.store(&content.descriptor, &content.body)?;
+        let (blobs, bytes) = match known.is_ok_and(|known| known.len() == size) {
+            true => (&self.tally.blobs_existing, &self.tally.bytes_existing),
+            false => (&self.tally.blobs_sent, &self.tally.bytes_sent),
+        };
+        blobs.add(1);
+        bytes.add(size);
         self.tally.stored_bytes_done.add(size);
         Ok(())
     }
@@ -208,6 +201,15 @@ pub fn named(known: Index, descriptor: &Descriptor, tag: &str) -> Vec<u8> {
     manifests.retain(|old| old.annotations.get(NAME_ANNOTATION).is_none_or(|own| own != tag));
     manifests.push(entry);
     documents::index(&manifests, &known.annotations)
+}
+
+/// Whether a file has the bytes a descriptor speaks of. All are read: what nobody makes anew
+/// must not be damaged.
+pub fn is_whole(path: &Path, descriptor: &Descriptor) -> bool {
+    let has_size = |known: fs::Metadata| known.is_file() && known.len() == descriptor.size;
+    let Ok(file) = File::open(path) else { return false };
+    let read = |file| std::io::copy(&mut LayerStream::checked(file, descriptor), &mut sink());
+    file.metadata().is_ok_and(has_size) && read(file).is_ok()
 }
 
 /// Reads a file that must not be large.
@@ -244,6 +246,24 @@ pub fn move_file(from: &Path, to: &Path, partial: &Path) -> Result<()> {
 mod tests {
     use super::*;
     use crate::build::documents::{MANIFEST, describe};
+
+    #[test]
+    fn a_damaged_blob_of_the_right_length_is_not_there_and_is_replaced() {
+        let (layout, tally) = (tempfile::tempdir().unwrap(), Arc::new(Tally::default()));
+        let mut sink = OciSink::open(layout.path(), layout.path(), tally).unwrap();
+        let descriptor = describe(MANIFEST, b"right");
+        let path = sink.layout.blob_path(&descriptor);
+        let as_file = layout.path().join("file");
+        fs::write(&as_file, "right").unwrap();
+        for body in [Body::Bytes(b"right".to_vec()), Body::File(as_file.clone())] {
+            fs::write(&path, "wrong").unwrap();
+            assert_eq!(sink.has(&descriptor, None), Ok(false));
+            sink.put(Content { descriptor: descriptor.clone(), body }).unwrap();
+            assert_eq!(fs::read(&path).unwrap(), b"right");
+            assert_eq!(sink.has(&descriptor, None), Ok(true));
+        }
+        assert!(!as_file.exists());
+    }
 
     #[test]
     fn a_name_leads_to_the_last_that_got_it_and_others_stay() {

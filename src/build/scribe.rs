@@ -280,16 +280,14 @@ impl BlobFile {
         self.write(&record.context_header(contexts)[..])
     }
 
-    /// Gives the blob its name: the digest of its bytes. One that is there already stays: it may
-    /// belong to another image.
+    /// Gives the blob its name: the digest of its bytes. One that is there already is replaced, in
+    /// case it is damaged, but not new: it may belong to another image.
     pub(super) fn finish(mut self) -> Result<Finished> {
         self.out.flush().map_err(|error| self.partial.failed(&error))?;
         let id = BlobId::of_digest(&Digest(self.hasher.finalize().into()));
         let path = self.partial.0.with_file_name(id.as_str());
         let is_there = std::fs::metadata(&path).is_ok_and(|there| there.len() == self.size);
-        if !is_there {
-            std::fs::rename(&self.partial.0, &path).map_err(|error| self.partial.failed(&error))?;
-        }
+        std::fs::rename(&self.partial.0, &path).map_err(|error| self.partial.failed(&error))?;
         Ok(Finished { id, path, size_bytes: self.size, is_new: !is_there })
     }
 }

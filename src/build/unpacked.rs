@@ -7,7 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::oci_layout::{move_file, write_whole};
+use super::oci_layout::{is_whole, move_file, write_whole};
 use super::sink::{Body, Content, Name, Sink};
 use super::tally::Tally;
 use crate::error::{Error, Result};
@@ -40,8 +40,7 @@ impl UnpackedSink {
 
 impl Sink for UnpackedSink {
     fn has(&mut self, descriptor: &Descriptor, _: Option<&str>) -> Result<bool> {
-        let known = fs::metadata(self.path(descriptor));
-        Ok(known.is_ok_and(|known| known.is_file() && known.len() == descriptor.size))
+        Ok(is_whole(&self.path(descriptor), descriptor))
     }
 
     /// Keeps data blobs; configuration and bootstrap layer belong to registries.
