@@ -9,6 +9,8 @@ use std::io::{Read, sink};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use nix::fcntl::{Flock, FlockArg};
+
 use super::documents;
 use super::layer_stream::LayerStream;
 use super::sink::{Body, Content, Name, Sink};
@@ -33,6 +35,14 @@ struct Layout {
 impl Layout {
     fn blob_path(&self, descriptor: &Descriptor) -> PathBuf {
         self.directory.join("blobs/sha256").join(descriptor.digest.to_string())
+    }
+
+    /// Waits until nobody else changes the index: two who read it first would lose one's names. It
+    /// is held for two small files.
+    fn lock(&self) -> Result<Flock<File>> {
+        let failed = |error| Error::io(&error, format!("cannot lock {}", self.directory.display()));
+        let directory = File::open(&self.directory).map_err(failed)?;
+        Flock::lock(directory, FlockArg::LockExclusive).map_err(|(_, errno)| failed(errno.into()))
     }
 
     fn index_path(&self) -> PathBuf {
@@ -184,6 +194,7 @@ impl Sink for OciSink {
     ) -> Result<()> {
         self.store(descriptor, &Body::Bytes(bytes.to_vec()))?;
         let (Name::Tag(tag) | Name::Docker(tag)) = name else { return Ok(()) };
+        let _lock = self.layout.lock()?;
         let known = match self.layout.index_path().exists() {
             true => self.layout.index()?,
             false => Index { manifests: Vec::new(), annotations: BTreeMap::new() },
@@ -263,6 +274,32 @@ mod tests {
             assert_eq!(sink.has(&descriptor, None), Ok(true));
         }
         assert!(!as_file.exists());
+    }
+
+    #[test]
+    fn names_given_at_once_are_all_there() {
+        let layout = tempfile::tempdir().unwrap();
+        let name = |thread: usize, number: usize| format!("t{thread}-{number}");
+        std::thread::scope(|scope| {
+            for thread in 0..4 {
+                let root = layout.path();
+                scope.spawn(move || {
+                    let work = root.join(format!("work-{thread}"));
+                    fs::create_dir(&work).unwrap();
+                    let mut sink = OciSink::open(root, &work, Arc::default()).unwrap();
+                    for number in 0..20 {
+                        let text = name(thread, number).into_bytes();
+                        let entry = describe(MANIFEST, &text);
+                        sink.put_manifest(&entry, &text, Name::Tag(&name(thread, number))).unwrap();
+                    }
+                });
+            }
+        });
+        let index = Layout { directory: layout.path().to_owned() }.index().unwrap();
+        for (thread, number) in (0..4).flat_map(|thread| (0..20).map(move |n| (thread, n))) {
+            let found = choose(&index, Some(&name(thread, number))).unwrap();
+            assert_eq!(found.digest, describe(MANIFEST, name(thread, number).as_bytes()).digest);
+        }
     }
 
     #[test]
