@@ -386,6 +386,21 @@ fn a_new_image_refers_to_the_old_one() {
 }
 
 #[test]
+fn a_list_of_referrers_that_failed_is_written_by_the_next_run() {
+    let bench = Bench::new();
+    let registry = Registry::start(&[]);
+    let source = bench.push_source(registry.address());
+    let target = format!("{}/team/app:n", registry.address());
+    let subject = top(&bench.path("src"), "v1")["digest"].as_str().unwrap().replace(':', "-");
+    registry.fault(json!([{"method": "PUT", "path": &subject, "effect": {"forbidden": true}}]));
+    bench.refused(&["--referrer", &source, &target]);
+    registry.heal();
+    assert!(has_tag(&registry, "n") && !has_tag(&registry, &subject));
+    bench.convert(&["--referrer", &source, &target]);
+    assert!(has_tag(&registry, &subject));
+}
+
+#[test]
 fn what_is_not_an_image_or_is_one_already_is_refused() {
     let bench = Bench::new();
     bench.convert(&[&bench.oci("src", "v1"), &bench.oci("dst", "n")]);

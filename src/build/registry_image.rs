@@ -197,11 +197,17 @@ impl Sink for RegistrySink {
             Name::Tag(tag) | Name::Docker(tag) => tag.to_owned(),
         };
         let (media_type, sent) = (descriptor.media_type.clone(), bytes.to_vec());
+        let subject = manifest::subject(bytes);
+        let refers = subject.is_some();
         let putting = self.remote.begin(move |session| async move {
-            session.repository.put_manifest(&name, &media_type, &sent).await
+            // A run that ended between the manifest and the list has left the list to this one.
+            match refers {
+                true => session.repository.write_manifest(&name, &media_type, &sent).await,
+                false => session.repository.put_manifest(&name, &media_type, &sent).await,
+            }
         });
         let put = putting.wait()?;
-        match manifest::subject(bytes) {
+        match subject {
             Some(subject) if !put.has_subject => self.list_referrer(&subject, descriptor),
             _ => Ok(()),
         }

@@ -81,7 +81,7 @@ impl Answer {
 pub struct Put {
     /// Whether it was there already, so that nothing was sent.
     pub existed: bool,
-    /// Whether the registry has taken note of its `subject`.
+    /// Whether the registry says that it has taken note of its `subject`.
     pub has_subject: bool,
 }
 
@@ -126,8 +126,15 @@ impl Repository {
         let digest = crate::registry::client::digest_of(bytes);
         let known = self.manifest(name, media_type).await?;
         if known.is_some_and(|known| known.digest == digest) {
-            return Ok(Put { existed: true, has_subject: true });
+            return Ok(Put { existed: true, has_subject: false });
         }
+        self.write_manifest(name, media_type, bytes).await
+    }
+
+    /// The same without looking first: only what is sent is answered with whether the registry has
+    /// taken note of its subject.
+    pub async fn write_manifest(&self, name: &str, media_type: &str, bytes: &[u8]) -> Result<Put> {
+        let digest = crate::registry::client::digest_of(bytes);
         let location = self.location(&format!("manifests/{name}"))?;
         let content = Some(Content { media_type, payload: Payload::Bytes(bytes) });
         let size = bytes.len() as u64;
