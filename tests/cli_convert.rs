@@ -286,6 +286,10 @@ fn a_broken_connection_costs_nothing_and_a_failing_registry_leaves_no_tag() {
         fs::remove_dir_all(&blobs).unwrap();
         fs::create_dir(&blobs).unwrap();
     }
+    let main = json!([{"method": "PUT", "path": "/manifests/n", "effect": {"forbidden": true}}]);
+    registry.fault(main);
+    bench.refused(&["--also-docker=docker", &source, &target]);
+    assert!(!has_tag(&registry, "docker"), "the image for Docker comes second");
     registry.fault(json!([{"method": "PATCH", "count": 1, "effect": {"cut_body": 1_000_000}}]));
     bench.convert(&[&source, &target]);
     registry.heal();

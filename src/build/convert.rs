@@ -1,8 +1,8 @@
 //! From the images of a source to the images of a destination.
 //!
 //! Each image is built layer by layer, the next layer arriving meanwhile; its parts are handed to
-//! the sink as soon as they exist. Manifests follow when every part is stored, the tag last of all:
-//! until then nothing that had a name has changed.
+//! the sink as soon as they exist. Manifests follow when every part is stored, the tag last of all,
+//! and only then that of the image for Docker: until then nothing that had a name has changed.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::File;
@@ -179,10 +179,11 @@ impl<'a> Conversion<'a> {
     fn name(&mut self, images: &Images, made: &[Made]) -> Result<()> {
         let docker: Vec<_> = made.iter().filter_map(|made| made.docker.as_ref()).collect();
         let main: Vec<_> = made.iter().map(|made| &made.manifest).collect();
-        if let Some(tag) = &self.order.docker_tag {
-            self.name_one(images, &docker, Name::Docker(tag))?;
+        self.name_one(images, &main, Name::Tag(&self.order.tag))?;
+        match &self.order.docker_tag {
+            Some(tag) => self.name_one(images, &docker, Name::Docker(tag)),
+            None => Ok(()),
         }
-        self.name_one(images, &main, Name::Tag(&self.order.tag))
     }
 
     fn name_one(
