@@ -70,14 +70,19 @@ fn arguments_that_make_no_sense_are_refused() {
         &["build", &tree][..],
         &["build", &tree, "-o", &image, "--chunk-size", "3K"],
         &["build", &tree, "-o", &image, "--compressor", "gzip"],
+        &["build", &tree, "-o", &image, "--level", "0"],
+        &["build", &tree, "-o", &image, "--level", "23"],
+        &["build", &tree, "-o", &image, "--threads", "0"],
+        &["convert", "oci:", &format!("dir:{image}")],
+        &["convert", &format!("dir:{tree}"), "docker-archive:"],
+        &["convert", &format!("dir:{tree}"), "a.b/c", "--also-docker=latest"],
+        &["convert", &format!("dir:{tree}"), "a.b/c", "--also-docker=a b"],
     ] {
         assert_eq!(sluice(arguments).status.code(), Some(2), "{arguments:?}");
     }
     let inside = at(&work, "tree/out");
     for arguments in [
         &["build", &tree, "-o", &inside][..],
-        &["build", &tree, "-o", &image, "--level", "23"],
-        &["build", &tree, "-o", &image, "--threads", "0"],
         &["build", &at(&work, "absent"), "-o", &image],
         &["build", &tree, "-o", &image, "--chunk-dict", &at(&work, "tree/a")],
     ] {

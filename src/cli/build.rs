@@ -5,6 +5,7 @@
 
 use std::path::{Path, PathBuf};
 
+use clap::builder::RangedU64ValueParser;
 use clap::{Args, ValueEnum};
 use serde_json::json;
 
@@ -13,7 +14,7 @@ use super::output::{self, Output};
 use super::progress::Progress;
 use super::source::read_bootstrap;
 use crate::build::{self, Blob, BlobRole, Builder, Compression, Report};
-use crate::config::CHUNK_MAX_BYTES;
+use crate::config::{BUILD_THREADS_MAX, CHUNK_MAX_BYTES};
 use crate::error::{Error, Result};
 use crate::image::superblock::CHUNK_MIN_BYTES;
 use crate::image::{Bootstrap, DigestAlgorithm};
@@ -51,7 +52,8 @@ pub struct Format {
     #[arg(long, value_enum, default_value = "zstd")]
     compressor: CompressorName,
     /// The level of zstd, 1 to 22.
-    #[arg(long, value_name = "N", default_value_t = 3)]
+    #[arg(long, value_name = "N", default_value_t = 3,
+        value_parser = clap::value_parser!(i32).range(1..=22))]
     level: i32,
     /// Bytes of file data per chunk, a power of two from 4K to 16M.
     #[arg(long, value_name = "SIZE", default_value = "1M", value_parser = parse_size)]
@@ -60,7 +62,8 @@ pub struct Format {
     #[arg(long, value_enum, default_value = "blake3")]
     digest: DigestName,
     /// Threads that digest and compress; every core if not given. The result does not depend on it.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = RangedU64ValueParser::<usize>::new()
+        .range(1..=BUILD_THREADS_MAX as u64))]
     threads: Option<usize>,
     /// Use chunks of the blobs of this image where they are the same: a bootstrap, or for a
     /// conversion any place; may be given several times.

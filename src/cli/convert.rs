@@ -41,11 +41,11 @@ use crate::registry::reference::is_tag;
     sluice convert --also-docker docker-archive:app.tar registry.example/team/app:1.0-sluice")]
 pub struct Options {
     /// What is converted.
-    #[arg(value_name = "SRC")]
-    source: String,
+    #[arg(value_name = "SRC", value_parser = place)]
+    source: Place,
     /// Where the new image goes.
-    #[arg(value_name = "DST")]
-    destination: String,
+    #[arg(value_name = "DST", value_parser = place)]
+    destination: Place,
     /// Talk to registries without TLS.
     #[arg(long)]
     plain_http: bool,
@@ -58,7 +58,7 @@ pub struct Options {
     /// Also make an image whose only layer any Docker can unpack, under this tag; TAG-docker if
     /// none is given.
     #[arg(long, value_name = "TAG", num_args = 0..=1, require_equals = true,
-        default_missing_value = "")]
+        default_missing_value = "", value_parser = tag_or_none)]
     also_docker: Option<String>,
     /// Have the new image refer to the old one, in the same repository, as its subject.
     #[arg(long)]
@@ -83,9 +83,15 @@ enum Kind {
 /// Converts and reports.
 pub fn run(options: &Options, out: &mut Output) -> Result<Verdict> {
     let started = Instant::now();
-    let from = Place::parse(&options.source)?;
-    let to = Place::parse(&options.destination)?;
-    let docker_tag = docker_tag(options, &to)?;
+    let (from, to) = (options.source.clone(), options.destination.clone());
+    let docker_tag = match docker_tag(options) {
+        Ok(tag) => tag,
+        // What no single argument shows.
+        Err(error) => {
+            output::complain(&format!("sluice: {error}"));
+            return Ok(Verdict::Misuse);
+        }
+    };
     let scheme = if options.plain_http { Scheme::Http } else { Scheme::Https };
     let work = WorkDir::new(&work_parent(options, &to)?)?;
     remove_when_interrupted(work.path())?;
@@ -128,8 +134,20 @@ fn platform(text: &str) -> std::result::Result<Platform, String> {
     parse_platform(text).map_err(|error| error.to_string())
 }
 
+fn place(text: &str) -> std::result::Result<Place, String> {
+    Place::parse(text).map_err(|error| error.to_string())
+}
+
+fn tag_or_none(text: &str) -> std::result::Result<String, String> {
+    match text.is_empty() || is_tag(text) {
+        true => Ok(text.to_owned()),
+        false => Err("that is no tag".to_owned()),
+    }
+}
+
 /// The tag of the image for Docker, if there is to be one: a docker-archive is for nobody else.
-fn docker_tag(options: &Options, to: &Place) -> Result<Option<String>> {
+fn docker_tag(options: &Options) -> Result<Option<String>> {
+    let to = &options.destination;
     let tag = to.tag();
     if !is_tag(tag) || matches!(to, Place::Registry(reference) if reference.digest.is_some()) {
         return Err(Error::Malformed(format!("{to}: a destination is named by a tag")));
@@ -284,8 +302,9 @@ mod tests {
     }
 
     fn tag_of(arguments: &[&str]) -> Result<Option<String>> {
-        let line = Line::parse_from([&["x"], arguments].concat());
-        docker_tag(&line.options, &Place::parse(&line.options.destination)?)
+        let line = Line::try_parse_from([&["x"], arguments].concat());
+        let line = line.map_err(|error| Error::Malformed(error.to_string()))?;
+        docker_tag(&line.options)
     }
 
     #[test]
