@@ -80,7 +80,7 @@ fn arguments_that_make_no_sense_are_refused() {
     ] {
         assert_eq!(sluice(arguments).status.code(), Some(2), "{arguments:?}");
     }
-    let inside = at(&work, "tree/out");
+    let inside = at(&work, "tree/deep/out");
     for arguments in [
         &["build", &tree, "-o", &inside][..],
         &["build", &at(&work, "absent"), "-o", &image],
@@ -89,7 +89,48 @@ fn arguments_that_make_no_sense_are_refused() {
         let output = sluice(arguments);
         assert_eq!(output.status.code(), Some(1), "{arguments:?}");
         assert!(stderr(&output).starts_with("sluice: "), "{}", stderr(&output));
+        // Neither inside of the source nor where an image was to be.
+        assert!(!Path::new(&at(&work, "tree/deep")).exists());
+        assert!(arguments.contains(&"--chunk-dict") || !Path::new(&image).exists());
     }
+}
+
+#[test]
+fn what_an_interrupted_build_left_goes_with_the_next() {
+    let work = work();
+    let (tree, image) = (at(&work, "tree"), at(&work, "image"));
+    let abandoned = Path::new(&image).join(".sluice-work-1-0");
+    fs::create_dir_all(&abandoned).expect("a folder");
+    fs::write(abandoned.join(".blob-1-0.partial"), b"half a blob").expect("written");
+    let built = sluice(&["build", &tree, "-o", &image, "--chunk-size", "64K"]);
+    assert!(built.status.success(), "{}", stderr(&built));
+    let mut names: Vec<String> = fs::read_dir(&image)
+        .expect("a folder")
+        .map(|entry| entry.expect("an entry").file_name().into_string().expect("text"))
+        .collect();
+    names.sort();
+    assert_eq!((names.len(), names[1].as_str()), (2, "image.boot"), "{names:?}");
+}
+
+#[test]
+fn an_interrupted_build_leaves_nothing_unfinished() {
+    let work = work();
+    let (tree, image) = (at(&work, "tree"), at(&work, "image"));
+    // A pipe for a dictionary: the build has its directory and waits for its first byte.
+    let pipe = at(&work, "pipe");
+    nix::unistd::mkfifo(pipe.as_str(), nix::sys::stat::Mode::S_IRWXU).expect("a pipe");
+    let mut build = std::process::Command::new(env!("CARGO_BIN_EXE_sluice"))
+        .args(["build", &tree, "-o", &image, "--chunk-dict", &pipe])
+        .spawn()
+        .expect("the program runs");
+    // Opens when the build does.
+    let end = fs::OpenOptions::new().write(true).open(&pipe).expect("a pipe");
+    assert_eq!(fs::read_dir(&image).expect("a folder").count(), 1);
+    let pid = nix::unistd::Pid::from_raw(build.id() as i32);
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).expect("it lives");
+    assert_eq!(build.wait().expect("it ends").code(), Some(143));
+    drop(end);
+    assert_eq!(fs::read_dir(&image).expect("a folder").count(), 0);
 }
 
 #[test]

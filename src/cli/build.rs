@@ -1,7 +1,8 @@
 //! `sluice build`: an image out of a directory.
 //!
-//! Leaves `image.boot` and the blobs, named by digest, in one output directory. The bootstrap is
-//! written last, under a temporary name first: where there is one, the image is whole.
+//! Leaves `image.boot` and the blobs, named by digest, in one output directory. They grow in a
+//! working directory inside of it, which an interrupt removes. The bootstrap is moved out last:
+//! where there is one, the image is whole.
 
 use std::path::{Path, PathBuf};
 
@@ -10,9 +11,12 @@ use clap::{Args, ValueEnum};
 use serde_json::json;
 
 use super::Verdict;
+use super::convert::remove_when_interrupted;
 use super::output::{self, Output};
 use super::progress::Progress;
 use super::source::read_bootstrap;
+use crate::build::oci_layout::{self, move_file};
+use crate::build::workdir::WorkDir;
 use crate::build::{self, Blob, BlobRole, Builder, Compression, Report};
 use crate::config::{BUILD_THREADS_MAX, CHUNK_MAX_BYTES};
 use crate::error::{Error, Result};
@@ -126,29 +130,36 @@ impl Format {
 /// Builds and reports.
 pub fn run(options: &Options, out: &mut Output) -> Result<Verdict> {
     let directory = &options.output;
+    refuse_inside(directory, &options.directory)?;
     std::fs::create_dir_all(directory)
         .map_err(|error| Error::io(&error, format!("cannot make {}", directory.display())))?;
-    refuse_inside(directory, &options.directory)?;
+    let work = WorkDir::new(directory)?;
+    remove_when_interrupted(work.path())?;
     let mut format = options.format.options();
     format.prefetch = options.prefetch.iter().map(|path| path.clone().into_bytes()).collect();
-    let mut builder = options.format.builder(format, directory)?;
+    let mut builder = options.format.builder(format, work.path())?;
     let progress = Progress::counting("build");
     let built =
         builder.add_directory(&options.directory, &|step| progress.advance(step.read_bytes));
     progress.finish();
     built.map_err(|error| error.context(options.directory.display()))?;
     let image = builder.finish()?;
-    write_whole(&directory.join(BOOTSTRAP_NAME), &image.bootstrap)?;
+    let partial = work.fresh("partial");
+    for (blob, path) in image.blobs.iter().filter_map(|blob| Some((blob, blob.path.as_ref()?))) {
+        move_file(path, &directory.join(blob.id.as_str()), &partial)?;
+    }
+    oci_layout::write_whole(&directory.join(BOOTSTRAP_NAME), &partial, &image.bootstrap)?;
     report(&image.blobs, &image.report, options.json, out)?;
     Ok(Verdict::Good)
 }
 
-/// An image cannot hold itself.
+/// An image cannot hold itself. The output need not be there yet: what is of its path decides.
 fn refuse_inside(output: &Path, source: &Path) -> Result<()> {
-    let real = |path: &Path| {
-        path.canonicalize().map_err(|error| Error::io(&error, path.display().to_string()))
-    };
-    match real(output)?.starts_with(real(source)?) {
+    let failed = |error| Error::io(&error, source.display().to_string());
+    let source_path = source.canonicalize().map_err(failed)?;
+    let absolute = std::path::absolute(output).unwrap_or_else(|_| output.to_owned());
+    let mut there = absolute.ancestors().filter_map(|path| path.canonicalize().ok());
+    match there.next().is_some_and(|path| path.starts_with(&source_path)) {
         false => Ok(()),
         true => Err(Error::Malformed(format!(
             "-o {}: inside of {}, which becomes the image; choose another place",

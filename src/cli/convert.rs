@@ -207,7 +207,7 @@ pub fn remove_when_interrupted(work: &Path) -> Result<()> {
     let wait = move || {
         if let Ok(signal) = signals.wait() {
             workdir::remove(&work);
-            output::complain(&format!("sluice: interrupted by {signal}; nothing was tagged"));
+            output::complain(&format!("sluice: interrupted by {signal}; no image was made"));
             std::process::exit(128 + signal as i32);
         }
     };
