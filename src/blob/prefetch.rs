@@ -24,9 +24,9 @@ use super::load::read_bootstrap;
 use super::open::OpenBlob;
 use super::statistics::Counter;
 use crate::config::{
-    GET_MAX_BYTES, MILLISECOND_NS, PREFETCH_AHEAD, PREFETCH_BUDGET_MIN_BYTES, PREFETCH_LAYOUT_NS,
-    PREFETCH_PAUSE_NS, PREFETCH_STEP_MIN_BYTES, PREFETCH_TRIES, PREFETCH_TURN_NS,
-    RECORDING_LOOK_NS, SECOND_NS,
+    GET_MAX_BYTES, MILLISECOND_NS, PREFETCH_AHEAD, PREFETCH_BUDGET_MIN_BYTES, PREFETCH_FORGIVEN_NS,
+    PREFETCH_LAYOUT_NS, PREFETCH_PAUSE_NS, PREFETCH_STEP_MIN_BYTES, PREFETCH_TRIES,
+    PREFETCH_TURN_NS, RECORDING_LOOK_NS, SECOND_NS,
 };
 use crate::error::Result;
 use crate::image::layout::Layout;
@@ -43,8 +43,9 @@ pub(super) struct Wish {
     left: Option<VecDeque<Range<u64>>>,
     /// Not before this time.
     not_before_ns: u64,
-    /// Looks that found that a fetch had failed.
+    /// Looks that found that a fetch had failed, and the last of them.
     tries: u32,
+    failed_ns: u64,
 }
 
 /// How a stay with a blob ended.
@@ -82,7 +83,8 @@ impl Part {
 impl Crew {
     /// Has a blob fetched when those before it have been.
     pub fn prefetch_later(&self, blob: Arc<OpenBlob>) {
-        let wish = Wish { blob, part: Part::Touched, left: None, not_before_ns: 0, tries: 0 };
+        let part = Part::Touched;
+        let wish = Wish { blob, part, left: None, not_before_ns: 0, tries: 0, failed_ns: 0 };
         if let Err(wish) = self.prefetch.push(&self.core, wish) {
             let text = || format!("{}: too many prefetches wait; skipped", wish.blob.name());
             self.parts.journal.write(Level::Warn, text);
@@ -202,7 +204,11 @@ impl Crew {
 
     /// Begins the part anew after a pause, a few times: what was fetched is passed over.
     fn prefetch_failed(&self, wish: &mut Wish, why: impl Fn() -> String) -> Outcome {
-        wish.tries += 1;
+        let now_ns = self.core.now();
+        if now_ns.saturating_sub(wish.failed_ns) > PREFETCH_FORGIVEN_NS {
+            wish.tries = 0;
+        }
+        (wish.tries, wish.failed_ns) = (wish.tries + 1, now_ns);
         let name = wish.blob.name();
         if wish.tries > PREFETCH_TRIES {
             self.parts.journal.error(format!("{name}: prefetch is given up: {}", why()));
@@ -211,7 +217,7 @@ impl Crew {
         let pause_ns = PREFETCH_PAUSE_NS << (wish.tries - 1);
         let text = || format!("{name}: prefetch goes on in {} s: {}", pause_ns / SECOND_NS, why());
         self.parts.journal.write(Level::Warn, text);
-        wish.not_before_ns = self.core.now() + pause_ns;
+        wish.not_before_ns = now_ns + pause_ns;
         wish.left = None;
         Outcome::Later
     }

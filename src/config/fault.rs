@@ -75,6 +75,8 @@ pub const PREFETCH_LAYOUT_NS: u64 = 5 * SECOND_NS;
 pub const PREFETCH_TRIES: u32 = 6;
 /// See there.
 pub const PREFETCH_PAUSE_NS: u64 = SECOND_NS;
+/// After so long without a failure prefetch has as many tries as at first.
+pub const PREFETCH_FORGIVEN_NS: u64 = 120 * SECOND_NS;
 /// Bytes that are not listed for prefetch, between two ranges that are, fetched with them.
 pub const PREFETCH_GAP_BYTES: u64 = 64 * KIB as u64;
 /// Compressed bytes that prefetch may have in flight on a route nobody else uses.
