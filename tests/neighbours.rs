@@ -56,39 +56,39 @@ fn mirror_with_wrong_bytes_is_gone_around() {
     assert!(node.count(Counter::DigestFailures) + node.count(Counter::BadChunks) > 0);
 }
 
-#[test]
-fn dead_host_of_many_repositories_holds_up_no_other() {
+/// So many images of a dead host are read, each at these places of its blob, and wait; another
+/// host's image is read beside them.
+fn is_read_beside_a_dead_host(sick: &Truth, count: usize, places: &[u64]) {
     let (dead, alive) = (Registry::with_images(&[]), Registry::with_images(&[]));
-    let (cache, sick, well) = (cache(), Truth::of("zstd-64k"), Truth::of("lz4-1m"));
+    let (cache, well) = (cache(), Truth::of("lz4-1m"));
     let node = Node::start(cache.path(), &one_core());
     node.register_at(&well, backend(alive.address(), &well.domain));
     let well_object = node.open(&well);
     dead.fault(json!([{"blob": "", "effect": {"hang": true}}]));
-    // Backwards, or it would be read ahead.
-    let mut starts: Vec<_> = sick.chunks().take(24).map(|chunk| sick.range(chunk).start).collect();
-    starts.reverse();
-    let waiting: Vec<_> = copies(&node, &sick, dead.address(), 8)
+    let objects = copies(&node, sick, dead.address(), count);
+    let page = |at: u64| at / 4096 * 4096..(at / 4096 + 1) * 4096;
+    let ask = |object| places.iter().map(move |&at| (object, page(at)));
+    let waiting: Vec<_> = objects
         .iter()
-        .flat_map(|object| starts.iter().map(move |at| (object, at)))
-        .map(|(object, at)| node.kernel.ask_read(object, at / 4096 * 4096..(at / 4096 + 1) * 4096))
+        .flat_map(ask)
+        .map(|(object, range)| node.kernel.ask_read(object, range))
         .collect();
     assert_eq!(node.read_all(&well, &well_object, 5), 0);
     assert!(waiting.iter().all(|answer| answer.try_recv().is_err()), "the sick ones still wait");
 }
 
 #[test]
+fn dead_host_of_many_repositories_holds_up_no_other() {
+    let sick = Truth::of("zstd-64k");
+    // Backwards, or it would be read ahead.
+    let mut places: Vec<_> = sick.chunks().take(24).map(|chunk| sick.range(chunk).start).collect();
+    places.reverse();
+    is_read_beside_a_dead_host(&sick, 8, &places);
+}
+
+#[test]
 fn context_tables_that_do_not_come_leave_memory_for_others() {
-    let (dead, alive) = (Registry::with_images(&[]), Registry::with_images(&[]));
-    let (cache, sick, well) = (cache(), Truth::of("zran"), Truth::of("lz4-1m"));
-    let node = Node::start(cache.path(), &one_core());
-    node.register_at(&well, backend(alive.address(), &well.domain));
-    let well_object = node.open(&well);
-    dead.fault(json!([{"blob": "", "effect": {"hang": true}}]));
-    let objects = copies(&node, &sick, dead.address(), 80);
-    let waiting: Vec<_> =
-        objects.iter().map(|object| node.kernel.ask_read(object, 0..4096)).collect();
-    assert_eq!(node.read_all(&well, &well_object, 5), 0);
-    assert!(waiting.iter().all(|answer| answer.try_recv().is_err()), "the sick ones still wait");
+    is_read_beside_a_dead_host(&Truth::of("zran"), 80, &[0]);
 }
 
 #[test]
@@ -108,6 +108,23 @@ fn prefetch_from_a_dead_host_lets_others_go_first() {
         comes_true(|| node.count(Counter::ChunksFilled) == all),
         "prefetched beside a dead host"
     );
+}
+
+#[test]
+fn prefetch_begins_anew_when_its_registry_was_away() {
+    let registry = Registry::with_images(&[]);
+    let (cache, truth) = (cache(), Truth::of("zstd-64k"));
+    let node = Node::start(cache.path(), &one_core());
+    registry.fault(json!([{"blob": truth.blob_id, "effect": {"status": 404}}]));
+    let prefetch = PrefetchConfig { enable: true, ..PrefetchConfig::default() };
+    node.register_as("away", &truth, backend(registry.address(), "zstd-64k"), prefetch);
+    let _object = node.kernel.open("away", &truth.blob_id).expect("known");
+    let says_so = |line: &String| line.contains("prefetch goes on in");
+    assert!(comes_true(|| node.lines().iter().any(says_so)), "it says that it failed");
+    assert_eq!(node.count(Counter::ChunksFilled), 0);
+    registry.heal();
+    let all = truth.chunks().count() as u64;
+    assert!(comes_true(|| node.count(Counter::ChunksFilled) == all), "all of it is prefetched");
 }
 
 #[test]

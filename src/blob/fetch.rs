@@ -8,7 +8,6 @@
 use std::ops::Range;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use super::crew::Crew;
 use super::flight::{FlightId, Plan};
@@ -101,8 +100,7 @@ impl Crew {
             let is_whole = self.fly(id, &plan).await;
             if is_prefetch {
                 let range = &plan.run.compressed;
-                plan.blob.route.pace.landed(range.end - range.start);
-                plan.blob.prefetch_has_failed.fetch_or(!is_whole, Ordering::Relaxed);
+                plan.blob.prefetch_landed(range.end - range.start, is_whole);
             }
             let mut busy = self.busy_hosts.borrow_mut();
             let place = busy.iter().position(|&other| other == key);

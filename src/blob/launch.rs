@@ -118,7 +118,7 @@ impl Crew {
         let size = run.compressed.end - run.compressed.start;
         match cause {
             Cause::Demand => blob.route.pace.demanded(planned_ns),
-            Cause::Prefetch => blob.route.pace.took_off(size),
+            Cause::Prefetch => blob.prefetch_took_off(size),
             Cause::ReadAhead => {}
         }
         let plan = Plan { blob, layout, run, cause, planned_ns, deadline_ns };
@@ -136,7 +136,7 @@ impl Crew {
             }
             Err(plan) => {
                 if cause == Cause::Prefetch {
-                    plan.blob.route.pace.landed(size);
+                    plan.blob.prefetch_landed(size, true);
                 }
                 plan.blob.cache.release(plan.run.chunks, self.id());
                 Err(Error::Busy("all flight places are taken".into()))

@@ -1,6 +1,6 @@
 //! An open blob: everything the cores share about one data blob while the kernel has it open.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use super::cache::Cache;
@@ -25,7 +25,9 @@ pub struct OpenBlob {
     pub streams: Streams,
     /// Set once the kernel has closed the object: no new fetch begins.
     pub is_closed: AtomicBool,
-    /// A fetch of prefetch has failed since prefetch last looked.
+    /// Fetches of prefetch that have not ended.
+    pub prefetch_flights: AtomicU32,
+    /// One of them has failed since prefetch last looked.
     pub prefetch_has_failed: AtomicBool,
     layout: RwLock<Option<Arc<Layout>>>,
     is_loading: AtomicBool,
@@ -46,6 +48,7 @@ impl OpenBlob {
             cache,
             streams: Streams::default(),
             is_closed: AtomicBool::new(false),
+            prefetch_flights: AtomicU32::new(0),
             prefetch_has_failed: AtomicBool::new(false),
             layout: RwLock::new(None),
             is_loading: AtomicBool::new(false),
@@ -71,6 +74,20 @@ impl OpenBlob {
     /// one uncontended atomic.
     pub fn layout(&self) -> Option<Arc<Layout>> {
         self.layout.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Prefetch has begun to fetch so many bytes.
+    pub fn prefetch_took_off(&self, bytes: u64) {
+        self.route.pace.took_off(bytes);
+        self.prefetch_flights.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// A fetch of prefetch has ended.
+    pub fn prefetch_landed(&self, bytes: u64, is_whole: bool) {
+        self.route.pace.landed(bytes);
+        self.prefetch_has_failed.fetch_or(!is_whole, Ordering::Relaxed);
+        // Release pairs with prefetch's Acquire: who sees that it ended sees how.
+        self.prefetch_flights.fetch_sub(1, Ordering::Release);
     }
 
     /// Puts a layout in place.

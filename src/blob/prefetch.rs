@@ -168,7 +168,7 @@ impl Crew {
         }
         // Before the layout is asked for, which may have to come from the registry.
         if wish.left.as_ref().is_some_and(VecDeque::is_empty) {
-            return Outcome::Done;
+            return self.ended(wish);
         }
         let layout = match self.layout(&blob, &(0..0), deadline_ns).await {
             Ok(layout) => layout,
@@ -183,6 +183,22 @@ impl Crew {
                 }
                 return outcome;
             }
+        }
+        self.ended(wish)
+    }
+
+    /// All of a part was asked for. Behind the last part, what failed is asked for once more.
+    fn ended(&self, wish: &mut Wish) -> Outcome {
+        let blob = &wish.blob;
+        if wish.part.next(blob).is_some() || blob.is_closed.load(Ordering::Relaxed) {
+            return Outcome::Done;
+        }
+        if blob.prefetch_flights.load(Ordering::Acquire) > 0 {
+            wish.not_before_ns = self.core.now() + PREFETCH_TURN_NS;
+            return Outcome::Later;
+        }
+        if blob.prefetch_has_failed.swap(false, Ordering::Relaxed) {
+            return self.prefetch_failed(wish, || "a fetch failed".to_owned());
         }
         Outcome::Done
     }
