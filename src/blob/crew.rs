@@ -234,6 +234,7 @@ impl Crew {
             }
         }
         self.stopping.wake_all(&self.core);
+        self.parts.client.hurry(&self.core);
         let deadline_ns = self.core.now() + within_ns;
         self.gate.close(&self.core, deadline_ns).await;
         self.parts.client.close();

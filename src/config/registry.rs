@@ -80,6 +80,9 @@ pub const REGISTRY_MIRROR_HEADER_COUNT_MAX: usize = 16;
 pub const REGISTRY_SUSPECT_NS: u64 = SECOND_NS;
 /// One that sent wrong bytes is tried last for this long: damage on a mirror's disk stays.
 pub const REGISTRY_DISTRUST_NS: u64 = 30 * SECOND_NS;
+/// A source that asks not to be asked (Retry-After) is left alone so long at most: half of what a
+/// reader waits, who may thus still be served when a registry says an hour and means a minute.
+pub const REGISTRY_REST_NS_MAX: u64 = FAULT_DEADLINE_DEFAULT_MS * MILLISECOND_NS / 2;
 /// A ping that takes longer counts as failed.
 pub const REGISTRY_PING_TIMEOUT_NS: u64 = 2 * SECOND_NS;
 

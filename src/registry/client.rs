@@ -55,6 +55,9 @@ pub struct Client {
     pub(super) redirects: RefCell<Redirects<Hop>>,
     pub(super) ways: RefCell<HashMap<u64, Rc<Way>>>,
     pub(super) is_closed: Cell<bool>,
+    /// Whether nobody is to pause for another try.
+    pub(super) is_hurried: Cell<bool>,
+    /// Told when either of them is set.
     pub(super) stop: Notify,
     /// The core `maintain` runs on.
     pub(super) keeper: RefCell<Option<Core>>,
@@ -69,6 +72,7 @@ impl Client {
             redirects: RefCell::default(),
             ways: RefCell::default(),
             is_closed: Cell::new(false),
+            is_hurried: Cell::new(false),
             stop: Notify::default(),
             keeper: RefCell::default(),
         })
@@ -214,6 +218,12 @@ impl Client {
             }
         }
         Ok(())
+    }
+
+    /// Before shutdown: what is under way may end well, but nobody waits for another try.
+    pub fn hurry(&self, core: &Core) {
+        self.is_hurried.set(true);
+        self.stop.wake_all(core);
     }
 
     /// At shutdown: closes idle connections; `maintain` returns.

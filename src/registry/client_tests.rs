@@ -254,8 +254,11 @@ fn retry_after_is_waited_for_and_bounded_by_the_deadline() {
         let Error::Unavailable { what, retry_after_ms } = error else { panic!("{error}") };
         assert_eq!(retry_after_ms, Some(60_000));
         assert!(what.contains("503") && what.contains(ID), "{what}");
+        let error = world.read(0..10).await.unwrap_err();
+        assert!(error.to_string().contains("asked not to be asked"), "{error}");
         assert!(world.elapsed_ms() < 4000);
     });
+    assert_eq!(server.seen().len(), 3, "another request does not ask it either");
 }
 
 #[test]

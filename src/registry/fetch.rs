@@ -82,23 +82,21 @@ impl Client {
                         Err(error) => (error, before),
                     }
                 }
-                (None, Some(error)) => {
+                (None, before) => {
                     // A round is over: what the last source refused will be refused again.
-                    let may_heal = is_worth_retrying(&error);
-                    let paused = may_heal && pause(core, &error, round, deadline_ns).await;
-                    if !paused {
-                        return Err(error);
+                    let may_heal = before.as_ref().is_none_or(is_worth_retrying);
+                    if !may_heal || !self.rest(core, way, round, deadline_ns).await {
+                        return Err(before.unwrap_or_else(|| all_rest(way, core.now())));
                     }
                     (tried, round) = (0, round + 1);
-                    last = Some(error);
+                    last = before;
                     continue;
                 }
-                (None, None) => return Err(Error::unavailable("no source can be asked")),
             };
             if let Some(source) = picked
                 && is_worth_retrying(&error)
             {
-                way.failed(source, core.now());
+                way.failed_with(source, &error, core.now());
             }
             if tries_left == 0 || core.now() >= deadline_ns || error == Error::Shutdown {
                 return Err(error);
@@ -110,6 +108,22 @@ impl Client {
                 _ => Some(error),
             };
         }
+    }
+
+    /// Waits before the next round: a growing time of which half is random, and until a source can
+    /// be asked. False, without waiting, when the deadline would pass first; false when the daemon
+    /// stops.
+    async fn rest(&self, core: &Core, way: &Way, round: u32, deadline_ns: u64) -> bool {
+        let now_ns = core.now();
+        let awake_ns = way.health.borrow().awake_ns(now_ns).max(now_ns);
+        let until_ns = awake_ns + own_pause_ns(round, core.random());
+        if until_ns >= deadline_ns || self.is_hurried.get() {
+            return false;
+        }
+        // Another source may be back before those that rest.
+        let look_ns = until_ns.min(now_ns + limits::REGISTRY_RETRY_PAUSE_NS_MAX);
+        self.stop.wait(core).by(look_ns).await;
+        !self.is_hurried.get()
     }
 
     async fn attempt(
@@ -342,6 +356,7 @@ pub fn refusal(exchange: &Exchange, origin: &Origin, took_token: bool) -> Error 
             "{origin} answered {status}; check backend_config.auth, or run docker login"
         )),
         404 | 410 => Error::NotFound(format!("{origin} answered {status}")),
+        416 => Error::Malformed(format!("{origin} answered 416: the blob ends before this range")),
         _ => Error::Unavailable { what: format!("{origin} answered {status}"), retry_after_ms },
     }
 }
@@ -368,6 +383,14 @@ pub async fn pause(core: &Core, error: &Error, round: u32, deadline_ns: u64) -> 
     // The sleep ends by its own deadline, which is its purpose.
     let _ = core.sleep_until(until_ns).await;
     true
+}
+
+/// Nobody was asked, because of what they answered others.
+fn all_rest(way: &Way, now_ns: u64) -> Error {
+    let left_ns = way.health.borrow().awake_ns(now_ns).saturating_sub(now_ns);
+    let left_ms = left_ns.div_ceil(limits::MILLISECOND_NS);
+    let what = format!("{} has asked not to be asked for another {left_ms} ms", way.route);
+    Error::Unavailable { what, retry_after_ms: Some(left_ms) }
 }
 
 fn own_pause_ns(round: u32, random: u64) -> u64 {

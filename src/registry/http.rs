@@ -267,7 +267,7 @@ pub fn check_range(head: &ResponseHead, asked: &Range<u64>) -> Result<Option<u64
     let size = asked.end - asked.start;
     let wrong = |got: String| {
         let (first, last) = (asked.start, asked.end - 1);
-        Err(Error::unavailable(format!("asked for bytes {first}-{last} and got {got}")))
+        Err(Error::Malformed(format!("asked for bytes {first}-{last} and got {got}")))
     };
     if head.status == 416 {
         return wrong("416: the blob ends before this range".to_string());

@@ -6,7 +6,8 @@
 //! again) or a ping finds it well. Below the limit a failure moves a source behind the others for a
 //! moment, so that the next try of the same bytes goes elsewhere. One whose bytes were wrong is
 //! behind the others for longer, however well it answers. The last source is never out: somebody
-//! must be asked, and an outage must end by itself.
+//! must be asked, and an outage must end by itself. But one that asks to be left alone for a while
+//! (Retry-After) is, even the last, up to a limit.
 
 use crate::config as limits;
 
@@ -28,6 +29,8 @@ struct Source {
     suspect_until_ns: u64,
     /// The same, because its bytes were wrong: no success ends it.
     distrusted_until_ns: u64,
+    /// It has asked not to be asked before this time.
+    rests_until_ns: u64,
     next_ping_ns: u64,
 }
 
@@ -42,6 +45,7 @@ impl Health {
                 out_until_ns: 0,
                 suspect_until_ns: 0,
                 distrusted_until_ns: 0,
+                rests_until_ns: 0,
                 next_ping_ns: 0,
             })
             .collect();
@@ -50,11 +54,14 @@ impl Health {
     }
 
     /// The source to try at `now_ns`, when those in the set `tried` have been: well sources in
-    /// their order, then suspect ones in theirs; `None` when the round is over.
+    /// their order, then suspect ones in theirs; `None` when the round is over. One that rests is
+    /// not tried, whichever it is.
     ///
     /// With sources 0 (out), 1 (suspect) and 2 (well), the tries of a round go to 2, then 1.
     pub fn pick(&self, tried: u32, now_ns: u64) -> Option<usize> {
-        let mut left = self.usable(now_ns).filter(|index| tried & (1 << index) == 0);
+        let is_left = |index: &usize| tried & (1 << index) == 0;
+        let is_awake = |index: &usize| self.sources[*index].rests_until_ns <= now_ns;
+        let mut left = self.usable(now_ns).filter(is_left).filter(is_awake);
         let first = left.next()?;
         let well =
             std::iter::once(first).chain(left).find(|index| !self.is_suspect(*index, now_ns));
@@ -91,6 +98,20 @@ impl Health {
     /// The source's bytes were not what their digest says.
     pub fn lied(&mut self, index: usize, now_ns: u64) {
         self.sources[index].distrusted_until_ns = now_ns + limits::REGISTRY_DISTRUST_NS;
+    }
+
+    /// The source has asked, with Retry-After, not to be asked for so long. No success ends it: the
+    /// answer may be to a request that was made before.
+    pub fn rests(&mut self, index: usize, now_ns: u64, asked_ns: u64) {
+        let source = &mut self.sources[index];
+        let until_ns = now_ns + asked_ns.min(limits::REGISTRY_REST_NS_MAX);
+        source.rests_until_ns = source.rests_until_ns.max(until_ns);
+    }
+
+    /// When the first of the sources that a round may have can be asked: in the past, mostly.
+    pub fn awake_ns(&self, now_ns: u64) -> u64 {
+        let rests = self.usable(now_ns).map(|index| self.sources[index].rests_until_ns);
+        rests.min().expect("the last source is always usable")
     }
 
     /// A request or a ping succeeded.
@@ -191,6 +212,21 @@ mod tests {
         health.succeeded(0);
         assert_eq!(round(&health, 6 * SECOND), [0, 1, 2]);
         assert!(!health.is_troubled(0));
+    }
+
+    #[test]
+    fn one_that_asks_to_be_left_alone_is_though_it_be_the_last_but_not_for_ever() {
+        let mut health = three();
+        health.rests(0, 0, 10 * SECOND);
+        health.rests(0, 0, SECOND);
+        health.succeeded(0);
+        assert_eq!(round(&health, SECOND), [1, 2], "what was asked first still counts");
+        assert_eq!(health.awake_ns(SECOND), 0);
+        (1..3).for_each(|index| health.rests(index, 0, u64::MAX));
+        assert!(round(&health, SECOND).is_empty());
+        assert_eq!(health.awake_ns(SECOND), 10 * SECOND);
+        assert_eq!(round(&health, 10 * SECOND), [0]);
+        assert_eq!(round(&health, limits::REGISTRY_REST_NS_MAX), [0, 1, 2]);
     }
 
     #[test]

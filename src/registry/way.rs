@@ -7,6 +7,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use crate::config as limits;
+use crate::error::Error;
 use crate::registry::config::Backend;
 use crate::registry::localfs::LocalFiles;
 use crate::registry::mirrors::Health;
@@ -74,6 +75,15 @@ impl Way {
     /// A request to a source went wrong in a way that another may not.
     pub fn failed(&self, source: usize, now_ns: u64) {
         self.health.borrow_mut().failed(source, now_ns);
+    }
+
+    /// The same, with what the source has said about it.
+    pub fn failed_with(&self, source: usize, error: &Error, now_ns: u64) {
+        self.failed(source, now_ns);
+        if let Error::Unavailable { retry_after_ms: Some(asked_ms), .. } = error {
+            let asked_ns = asked_ms.saturating_mul(limits::MILLISECOND_NS);
+            self.health.borrow_mut().rests(source, now_ns, asked_ns);
+        }
     }
 
     /// What a source sent was not what its digest says.
