@@ -2,7 +2,7 @@
 
 mod support;
 
-use serde_json::json;
+use serde_json::{Value, json};
 use sluice::blob::registration::PrefetchConfig;
 use sluice::blob::statistics::Counter;
 use sluice::registry::config::Backend;
@@ -56,15 +56,15 @@ fn mirror_with_wrong_bytes_is_gone_around() {
     assert!(node.count(Counter::DigestFailures) + node.count(Counter::BadChunks) > 0);
 }
 
-/// So many images of a dead host are read, each at these places of its blob, and wait; another
-/// host's image is read beside them.
-fn is_read_beside_a_dead_host(sick: &Truth, count: usize, places: &[u64]) {
+/// So many images of a host that does nothing but this are read, each at these places of its blob,
+/// and wait; another host's image is read beside them.
+fn is_read_beside_a_dead_host(effect: &Value, sick: &Truth, count: usize, places: &[u64]) {
     let (dead, alive) = (Registry::with_images(&[]), Registry::with_images(&[]));
     let (cache, well) = (cache(), Truth::of("lz4-1m"));
     let node = Node::start(cache.path(), &one_core());
     node.register_at(&well, backend(alive.address(), &well.domain));
     let well_object = node.open(&well);
-    dead.fault(json!([{"blob": "", "effect": {"hang": true}}]));
+    dead.fault(json!([{"blob": "", "effect": effect}]));
     let objects = copies(&node, sick, dead.address(), count);
     let page = |at: u64| at / 4096 * 4096..(at / 4096 + 1) * 4096;
     let ask = |object| places.iter().map(move |&at| (object, page(at)));
@@ -83,12 +83,16 @@ fn dead_host_of_many_repositories_holds_up_no_other() {
     // Backwards, or it would be read ahead.
     let mut places: Vec<_> = sick.chunks().take(24).map(|chunk| sick.range(chunk).start).collect();
     places.reverse();
-    is_read_beside_a_dead_host(&sick, 8, &places);
+    for effect in [json!({"hang": true}), json!({"status": 503}), json!({"too_many": 60})] {
+        is_read_beside_a_dead_host(&effect, &sick, 8, &places);
+    }
 }
 
 #[test]
 fn context_tables_that_do_not_come_leave_memory_for_others() {
-    is_read_beside_a_dead_host(&Truth::of("zran"), 80, &[0]);
+    for effect in [json!({"hang": true}), json!({"status": 503})] {
+        is_read_beside_a_dead_host(&effect, &Truth::of("zran"), 80, &[0]);
+    }
 }
 
 #[test]

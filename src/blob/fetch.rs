@@ -14,11 +14,12 @@ use super::flight::{FlightId, Plan};
 use super::latency::{Cause, Step};
 use super::open::OpenBlob;
 use super::plan::{Run, extent};
+use super::retry::Tries;
 use super::statistics::Counter;
 use super::workbench::{Batch, Job, Workbench};
 use crate::config::{
-    BODY_RETRY_PAUSES_NS, DECODE_INLINE_MAX_BYTES, DIGEST_TRIES, FETCHERS_PER_HOST, FILL_TRIES,
-    PACE_REQUEST_MAX_BYTES, RANGE_LEASE_SIZE, ROOM_MIN_BYTES,
+    DECODE_INLINE_MAX_BYTES, DIGEST_TRIES, FETCHERS_PER_HOST, FILL_TRIES, PACE_REQUEST_MAX_BYTES,
+    RANGE_LEASE_SIZE, ROOM_MIN_BYTES,
 };
 use crate::engine::offload::Errand;
 use crate::engine::{Class, CoreId, Lane, Lease};
@@ -149,28 +150,23 @@ impl Crew {
 
     /// Lands units until none is left; a body that breaks off is asked for again from there.
     async fn fetch_run(self: &Rc<Self>, attempt: &mut Attempt<'_>) {
-        let deadline_ns = attempt.plan.deadline_ns;
-        let mut tries = 0;
+        let Plan { blob, cause, deadline_ns, .. } = attempt.plan;
+        let mut tries = Tries::new(blob, *cause, *deadline_ns);
         while attempt.next < attempt.end {
             attempt.is_logged = false;
+            let first = attempt.next;
             let Err(error) = self.land(attempt).await else { continue };
-            let is_over = self.core.now() >= deadline_ns || self.gate.is_closed();
-            let pause_ns = match BODY_RETRY_PAUSES_NS.get(tries) {
-                Some(pause_ns) if error.is_transient() && !is_over => pause_ns,
-                _ => {
-                    if !attempt.is_logged {
-                        let (name, Attempt { next, end, .. }) = (attempt.plan.blob.name(), attempt);
-                        self.parts.journal.error(format!("{name}, units {next}..{end}: {error}"));
-                    }
-                    return;
-                }
-            };
-            tries += 1;
-            self.parts.counters.count(Counter::Retries);
-            let pause_ns = pause_ns + self.core.random() % (pause_ns / 2);
-            let wake_ns = (self.core.now() + pause_ns).min(deadline_ns);
-            // A sleep ends by its time, whatever happens.
-            let _ = self.core.sleep_until(wake_ns).await;
+            if attempt.next > first {
+                tries.progressed();
+            }
+            if self.try_again(&mut tries, &error).await {
+                continue;
+            }
+            if !attempt.is_logged {
+                let (name, Attempt { next, end, .. }) = (blob.name(), attempt);
+                self.parts.journal.error(format!("{name}, units {next}..{end}: {error}"));
+            }
+            return;
         }
     }
 

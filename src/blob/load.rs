@@ -12,10 +12,12 @@ use std::sync::Arc;
 use super::cache::Cache;
 use super::catalog::{Holder, Registered};
 use super::crew::Crew;
+use super::latency::Cause;
 use super::map::Map;
 use super::open::OpenBlob;
 use super::registration::Image;
-use crate::config::{CONTEXT_TABLE_MAX_BYTES, LAYOUT_LOOK_NS, RANGE_LEASE_SIZE};
+use super::retry::Tries;
+use crate::config::{CONTEXT_TABLE_MAX_BYTES, LAYOUT_LOOK_NS, RANGE_LEASE_SIZE, SETTLE_LOOK_NS};
 use crate::engine::{Class, Lane};
 use crate::error::{Error, Result};
 use crate::image::blob_table::BlobRecord;
@@ -81,9 +83,11 @@ impl Crew {
         self: &Rc<Self>,
         blob: &Arc<OpenBlob>,
         range: &Range<u64>,
+        cause: Cause,
         deadline_ns: u64,
     ) -> Result<Arc<Layout>> {
         let mut may_reload = true;
+        let began_ns = self.core.now();
         loop {
             if let Some(layout) = blob.layout().filter(|_| blob.is_scanned())
                 && (lists_all(&layout, range) || !may_reload || blob.cache.is_ordered())
@@ -94,12 +98,15 @@ impl Crew {
                 if self.core.now() >= deadline_ns {
                     return Err(Error::Deadline(format!("{}: layout", blob.name())));
                 }
-                self.core.sleep(LAYOUT_LOOK_NS).await?;
+                // Many may wait for long, and whoever has waited for long may be a little late.
+                let waited_ns = self.core.now() - began_ns;
+                let look_ns = (waited_ns / 8).clamp(LAYOUT_LOOK_NS, SETTLE_LOOK_NS);
+                self.core.sleep(look_ns).await?;
                 continue;
             }
             let loaded = match blob.layout().filter(|_| !blob.is_scanned()) {
                 Some(layout) => Ok(layout),
-                None => self.load(blob, deadline_ns).await,
+                None => self.load(blob, cause, deadline_ns).await,
             };
             if let Ok(layout) = &loaded
                 && !blob.is_scanned()
@@ -118,14 +125,19 @@ impl Crew {
         }
     }
 
-    async fn load(self: &Rc<Self>, blob: &Arc<OpenBlob>, deadline_ns: u64) -> Result<Arc<Layout>> {
+    async fn load(
+        self: &Rc<Self>,
+        blob: &Arc<OpenBlob>,
+        cause: Cause,
+        deadline_ns: u64,
+    ) -> Result<Arc<Layout>> {
         let holders = self.holders(blob);
         let image = Arc::clone(&blob.image);
         let index = blob.blob_index as usize;
         let record =
             self.core.offload(move || Ok(read_bootstrap(&image)?.blobs()[index].clone())).await?;
         let layout = if Layout::needs_context(&record) {
-            let (table, header) = self.context(blob, &record, deadline_ns).await?;
+            let (table, header) = self.context(blob, &record, cause, deadline_ns).await?;
             self.core
                 .offload(move || {
                     let context = ContextTable::parse(&record, &table, &header)?;
@@ -177,6 +189,7 @@ impl Crew {
         self: &Rc<Self>,
         blob: &Arc<OpenBlob>,
         record: &BlobRecord,
+        cause: Cause,
         deadline_ns: u64,
     ) -> Result<(Vec<u8>, Vec<u8>)> {
         let range = record.context_range();
@@ -186,29 +199,45 @@ impl Crew {
         }
         let id = context_blob(&blob.image, record)?;
         let mut bytes = Vec::with_capacity(size);
-        let mut at = range.start;
-        while at < range.end {
+        let mut tries = Tries::new(blob, cause, deadline_ns);
+        while bytes.len() < size {
+            let at = range.start + bytes.len() as u64;
             let part = at..range.end.min(at + RANGE_LEASE_SIZE as u64);
-            let size = (part.end - part.start) as usize;
-            let (client, blob_ref) = (&self.parts.client, BlobRef { id: id.as_str() });
-            let (core, lane) = (&self.core, Lane::Demand);
-            let mut body =
-                client.open(core, &blob.route, blob_ref, part.clone(), deadline_ns, lane).await?;
-            // Not before something arrives: a dead registry would hold all leases.
-            let _landing = self.landings.acquire(core).await;
-            let mut lease = core.lease_for(lane, Class::Range).await;
-            let mut landed = 0;
-            while landed < size {
-                let got;
-                (lease, got) = body.read_into(&self.core, lease, landed..size).await;
-                landed += got?;
+            match self.append(blob, &id, part, deadline_ns, &mut bytes).await {
+                Ok(()) => tries.progressed(),
+                Err(error) if self.try_again(&mut tries, &error).await => {}
+                Err(error) => return Err(error),
             }
-            body.finish();
-            bytes.extend_from_slice(&lease[..size]);
-            at = part.end;
         }
         let header = bytes.split_off(size - HEADER_BYTES);
         Ok((bytes, header))
+    }
+
+    /// Reads a part of a blob as it is stored, no longer than a range lease.
+    async fn append(
+        &self,
+        blob: &OpenBlob,
+        id: &BlobId,
+        part: Range<u64>,
+        deadline_ns: u64,
+        bytes: &mut Vec<u8>,
+    ) -> Result<()> {
+        let size = (part.end - part.start) as usize;
+        let (client, blob_ref) = (&self.parts.client, BlobRef { id: id.as_str() });
+        let (core, lane) = (&self.core, Lane::Demand);
+        let mut body = client.open(core, &blob.route, blob_ref, part, deadline_ns, lane).await?;
+        // Not before something arrives: a dead registry would hold all leases.
+        let _landing = self.landings.acquire(core).await;
+        let mut lease = core.lease_for(lane, Class::Range).await;
+        let mut landed = 0;
+        while landed < size {
+            let got;
+            (lease, got) = body.read_into(core, lease, landed..size).await;
+            landed += got?;
+        }
+        body.finish();
+        bytes.extend_from_slice(&lease[..size]);
+        Ok(())
     }
 }
 

@@ -21,6 +21,7 @@ pub mod plan;
 mod prefetch;
 pub mod recorder;
 pub mod registration;
+mod retry;
 pub mod schedule;
 mod serve;
 pub mod statistics;

@@ -170,7 +170,7 @@ impl Crew {
         if wish.left.as_ref().is_some_and(VecDeque::is_empty) {
             return self.ended(wish);
         }
-        let layout = match self.layout(&blob, &(0..0), deadline_ns).await {
+        let layout = match self.layout(&blob, &(0..0), Cause::Prefetch, deadline_ns).await {
             Ok(layout) => layout,
             Err(error) => return self.prefetch_failed(wish, || error.to_string()),
         };

@@ -21,7 +21,7 @@ impl Crew {
     /// Brings the bytes of `range` of a blob's address space into the cache, or says why not.
     pub async fn serve(self: &Rc<Self>, blob: &Arc<OpenBlob>, range: Range<u64>) -> Result<()> {
         let deadline_ns = self.core.now() + self.parts.fault_deadline_ns;
-        let layout = self.layout(blob, &range, deadline_ns).await?;
+        let layout = self.layout(blob, &range, Cause::Demand, deadline_ns).await?;
         let wanted = layout.chunks_in(range.clone());
         let recorder = &self.parts.catalog.recorder;
         let began_ns = self.core.now();

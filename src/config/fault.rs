@@ -31,11 +31,14 @@ pub const GET_MAX_BYTES: u64 = MIB as u64;
 pub const GET_GAP_MAX_BYTES: u64 = 16 * KIB as u64;
 /// Tries for a unit whose bytes came and were wrong; another mirror may have right ones.
 pub const DIGEST_TRIES: u32 = 3;
-/// Pauses before a body that broke off after its head was right is asked for again, from where it
-/// broke off; up to half as much is added. The first is short: one connection that breaks says
-/// nothing about the next.
+/// Pauses before bytes that did not come are asked for again, from where they broke off; up to half
+/// as much is added. The first is short: one connection that breaks says nothing about the next.
+/// What is fetched ahead gets so many; for a reader they go on doubling until its deadline.
 pub const BODY_RETRY_PAUSES_NS: [u64; 4] =
     [2 * MILLISECOND_NS, 20 * MILLISECOND_NS, 40 * MILLISECOND_NS, 80 * MILLISECOND_NS];
+/// The longest such pause, apart from what is added: how much later than its registry a reader goes
+/// on. Each is followed by a round of the registry client's own few tries.
+pub const BODY_RETRY_PAUSE_NS_MAX: u64 = SECOND_NS;
 /// Units above this many decoded bytes are decoded on a helper thread.
 pub const DECODE_INLINE_MAX_BYTES: usize = 128 * KIB;
 /// How long a fault waits for news before it looks at the map again, should a message be lost.
@@ -58,7 +61,7 @@ pub const AHEAD_MAX_BYTES: u64 = 32 * MIB as u64;
 pub const AHEAD_STEP_BYTES: u64 = 2 * MIB as u64;
 /// A reader that leaves out so much still reads in order: holes, other files' tails.
 pub const AHEAD_GAP_BYTES: u64 = 64 * KIB as u64;
-/// How long cores wait between looks at a layout another core is loading.
+/// How long cores wait between looks at a layout another core is loading, at first.
 pub const LAYOUT_LOOK_NS: u64 = MILLISECOND_NS;
 /// Blobs whose prefetch is in progress or waiting.
 pub const PREFETCH_QUEUE: usize = 256;
