@@ -1,15 +1,21 @@
-//! A cache with a quota behind the fanotify door, under more bytes than it may keep.
+//! A cache with a quota behind the fanotify door, under more bytes than it may keep; a full disk,
+//! whose room others take.
 //!
 //! `QUOTA_MIB=200 cargo test --test native_space -- --nocapture` takes a larger one than usual, and
 //! five times as many bytes.
 
 mod support;
 
+use std::io::Write;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use support::built::Built;
-use support::daemon::{Daemon, forget_pages};
+use support::daemon::{Daemon, Disk, forget_pages};
+use support::node::{Node, Options};
+use support::registry::Registry;
+use support::truth::Truth;
 
 const QUOTA_MIB: usize = 16;
 const IMAGES: usize = 5;
@@ -67,4 +73,30 @@ fn a_working_set_of_five_quotas_is_served_without_an_error() {
     forget_pages();
     images.iter().zip(&places).for_each(|(image, place)| image.assert_same(place));
     assert_eq!(daemon.count("reads_failed"), 0);
+}
+
+#[test]
+fn reader_asks_for_room_again_when_others_were_faster() {
+    const TAKEN: u64 = 4;
+    let registry = Registry::with_images(&[]);
+    let (disk, truth) = (Disk::new(64), Truth::of("zstd-64k"));
+    let junk = disk.mountpoint.join("junk");
+    let asked = Arc::new(AtomicU64::new(0));
+    let (count, taken) = (Arc::clone(&asked), junk.clone());
+    let make_room = move |wanted| {
+        // Room is said to have been made, and somebody else has it, a few times.
+        if count.fetch_add(1, Ordering::Relaxed) == TAKEN {
+            std::fs::remove_file(&taken).expect("ours");
+        }
+        wanted
+    };
+    let options = Options { cores: 1, make_room: Arc::new(make_room), ..Options::default() };
+    let node = Node::start(&disk.mountpoint, &options);
+    node.register(&truth, registry.address(), &options);
+    let object = node.open(&truth);
+    let mut filler = std::fs::File::create(&junk).expect("a file");
+    while filler.write_all(&[7; 4096]).is_ok() {}
+    drop(filler);
+    assert_eq!(node.read_all(&truth, &object, 3), 0);
+    assert!(asked.load(Ordering::Relaxed) > TAKEN, "the disk was full");
 }

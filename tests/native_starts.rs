@@ -236,4 +236,8 @@ fn nothing_is_learned_by_a_daemon_that_shall_not() {
     scene.touch(&place, &[13]);
     assert_eq!(scene.fetched(), [13]);
     assert!(!scene.daemon.path("state/starts").exists());
+    let told = scene.daemon.run(&["trace", &scene.id()]);
+    assert!(!told.status.success() && told.stdout.is_empty(), "nothing was noted");
+    let said = String::from_utf8_lossy(&told.stderr);
+    assert!(said.contains("--learn-starts"), "{said}");
 }

@@ -18,8 +18,8 @@ use super::retry::Tries;
 use super::statistics::Counter;
 use super::workbench::{Batch, Job, Workbench};
 use crate::config::{
-    DECODE_INLINE_MAX_BYTES, DIGEST_TRIES, FETCHERS_PER_HOST, FILL_TRIES, PACE_REQUEST_MAX_BYTES,
-    RANGE_LEASE_SIZE, ROOM_MIN_BYTES,
+    DECODE_INLINE_MAX_BYTES, DIGEST_TRIES, FETCHERS_PER_HOST, FILL_PAUSE_NS, FILL_TRIES,
+    FILL_TRIES_AHEAD, PACE_REQUEST_MAX_BYTES, RANGE_LEASE_SIZE, ROOM_MIN_BYTES,
 };
 use crate::engine::offload::Errand;
 use crate::engine::{Class, CoreId, Lane, Lease};
@@ -267,7 +267,7 @@ impl Crew {
         mut landing: Landing,
         batch: Batch,
     ) -> (Landing, Result<()>) {
-        let Plan { blob, layout, cause, .. } = attempt.plan;
+        let Plan { blob, layout, cause, deadline_ns, .. } = attempt.plan;
         landing = self.decode(attempt.plan, landing, batch.clone()).await;
         self.record_span(blob, *cause, Step::Decode, landing.bench.decode_ns);
         self.record_span(blob, *cause, Step::Verify, landing.bench.verify_ns);
@@ -276,11 +276,21 @@ impl Crew {
             let row = landing.bench.rows[place].clone();
             let began_ns = self.core.now();
             let (start, mut filled) = (batch.output_start, Ok(()));
-            for _ in 0..FILL_TRIES {
+            let tries = match cause.lane() {
+                Lane::Demand => FILL_TRIES,
+                Lane::Background => FILL_TRIES_AHEAD,
+            };
+            for number in 1..=tries {
                 (landing.output, filled) =
                     blob.cache.fill(&self.core, landing.output, &row, start, cause.lane()).await;
-                if !matches!(filled, Err(Error::System { errno: libc::ENOSPC, .. })) {
+                let is_short = matches!(filled, Err(Error::System { errno: libc::ENOSPC, .. }));
+                let is_over = self.core.now() >= *deadline_ns || self.gate.is_closed();
+                if !is_short || is_over || number == tries {
                     break;
+                }
+                if number > 1 {
+                    // Somebody was faster, or is still making room.
+                    let _ = self.core.sleep(FILL_PAUSE_NS).await;
                 }
                 let (make_room, size) = (Arc::clone(&self.parts.make_room), row.bytes.len() as u64);
                 if self.core.offload(move || make_room(size.max(ROOM_MIN_BYTES))).await < size {

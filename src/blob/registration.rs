@@ -31,20 +31,12 @@ pub struct PrefetchConfig {
     pub merging_size_bytes: u64,
     /// The most bytes per second prefetch may use; 0 is no bound.
     pub bandwidth_bytes_per_second: u64,
-    /// Whether whole blobs are wanted, not only what the bootstrap lists.
-    pub all: bool,
 }
 
 impl Default for PrefetchConfig {
     fn default() -> Self {
         let (threads, merging_size_bytes) = (8, 1 << 20);
-        Self {
-            enable: false,
-            threads,
-            merging_size_bytes,
-            bandwidth_bytes_per_second: 0,
-            all: false,
-        }
+        Self { enable: false, threads, merging_size_bytes, bandwidth_bytes_per_second: 0 }
     }
 }
 

@@ -35,14 +35,22 @@ pub struct Touches {
 }
 
 impl Touches {
-    /// Makes room for notes. Not for the fault path.
+    /// Makes room for notes, if any are to come. Not for the fault path.
     pub fn prepare(&self) {
+        if self.is_over.load(Ordering::Relaxed) {
+            return;
+        }
         self.slots.get_or_init(|| (0..START_TOUCHES_MAX).map(|_| AtomicU64::new(0)).collect());
     }
 
     /// The image was mounted before this daemon came: this is no start.
     pub fn resume(&self) {
         self.is_resumed.store(true, Ordering::Relaxed);
+    }
+
+    /// Nothing is noted: this daemon learns nothing.
+    pub fn rest(&self) {
+        self.is_over.store(true, Ordering::Relaxed);
     }
 
     /// What earlier starts needed.
@@ -181,6 +189,16 @@ mod tests {
 
     fn touch(blob_index: u32, range: Range<u64>, elapsed_ms: u64) -> Fault {
         Fault { blob_index, range, elapsed_ns: elapsed_ms * MILLISECOND_NS }
+    }
+
+    #[test]
+    fn who_rests_notes_nothing_and_takes_no_memory() {
+        let touches = Touches::default();
+        touches.rest();
+        touches.prepare();
+        touches.note(0, &(0..1), SECOND);
+        assert!(touches.slots.get().is_none() && touches.all().is_empty());
+        assert_eq!(touches.end(2 * SECOND, true), None);
     }
 
     #[test]

@@ -4,7 +4,7 @@
 //! leaves the machine as it was, except for the bootstrap, which is kept as a cache.
 
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use clap::Args;
 use serde_json::{Value, json};
@@ -78,8 +78,8 @@ pub fn run(options: &Options, out: &mut Output) -> Result<Verdict> {
     let fsid = options.id.clone().unwrap_or_else(|| {
         let usual = format!("sluice-{}", &stored.digest[..16]);
         // What the kernel's cache holds of an id it does not ask for, and so it is not recorded.
-        let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |it| it.as_secs());
-        if options.trace.is_some() { format!("{usual}-{seconds}") } else { usual }
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        if options.trace.is_some() { id_of_its_own(&usual, now, std::process::id()) } else { usual }
     });
     check_name("--id", &fsid)?;
     if let Some(domain) = &options.domain {
@@ -102,6 +102,11 @@ pub fn run(options: &Options, out: &mut Output) -> Result<Verdict> {
         out.line(format!("its first touches go to {} when it is unmounted", trace.display()))?;
     }
     Ok(Verdict::Good)
+}
+
+/// An id that no other trace has, be it begun at the same moment or the next one of this process.
+fn id_of_its_own(usual: &str, now: Duration, process: u32) -> String {
+    format!("{usual}-{:x}-{process:x}", now.as_nanos())
 }
 
 /// What an image is registered as.
@@ -214,6 +219,17 @@ mod tests {
         assert_eq!(entry["config"]["backend_config"]["dir"], "/b");
         let shared = registration(&image(Some("d")), &backend, Path::new("/s/x/image.boot"));
         assert_eq!(shared.expect("an entry")["domain_id"], "d");
+    }
+
+    #[test]
+    fn traces_begun_within_a_second_have_ids_of_their_own() {
+        let id = |nanoseconds, process| {
+            id_of_its_own("sluice-0123456789abcdef", Duration::from_nanos(nanoseconds), process)
+        };
+        let ids = [id(1_700_000_000_000_000_001, 7), id(1_700_000_000_000_000_002, 7)];
+        assert_ne!(ids[0], ids[1]);
+        assert_ne!(ids[0], id(1_700_000_000_000_000_001, 8));
+        assert!(check_name("--id", &id(u64::MAX, u32::MAX)).is_ok());
     }
 
     #[test]

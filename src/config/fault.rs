@@ -114,7 +114,13 @@ pub const INTAKE_PAUSE_MAX_NS: u64 = MILLISECOND_NS;
 pub const STATISTICS_WAIT_MS: u64 = 500;
 /// Reads in service above which a core that polls for all hands further ones to its siblings.
 pub const HAND_OVER_READS: usize = 4;
-/// Tries for a fill: once more when room was made on a full disk.
-pub const FILL_TRIES: u32 = 2;
+/// Tries for a fill that somebody waits for when the disk is full: as long as others make room, or
+/// take what was made. Bytes of mounted images take 2 s to go (`EVICTION_LISTEN_MS` and
+/// `EVICTION_GRACE_MS`); this waits for 6.
+pub const FILL_TRIES: u32 = 62;
+/// Tries for one that nobody waits for: what it needs is better left to readers.
+pub const FILL_TRIES_AHEAD: u32 = 2;
+/// The pause before each but the first two.
+pub const FILL_PAUSE_NS: u64 = 100 * MILLISECOND_NS;
 /// What is freed at least when the disk is full: the next fills need room, too.
 pub const ROOM_MIN_BYTES: u64 = 16 * MIB as u64;

@@ -15,7 +15,7 @@ use super::api::Call;
 use super::cull::Culler;
 use super::evictor::Evictor;
 use super::mount_wish::MountWish;
-use super::mounts::{Mounted, Mounts, Place};
+use super::mounts::{Departure, Door, Leaving, Mounts, Place};
 use super::recording::Recordings;
 use super::reply::{self, Identity, Response};
 use super::sealer::monotonic_ns;
@@ -244,35 +244,41 @@ impl ControlPlane {
     fn unmount(&self, mountpoint: &Path, peer: Option<u32>, lazy: bool, keep: bool) -> Result<()> {
         let at = Place::seen_by(mountpoint, peer)?;
         let _turn = self.mounts.turn();
-        let (mounted, was_last) = self.mounts.unmount(&at, peer, lazy)?;
+        let departure = if lazy { Departure::Lazy } else { Departure::Plain };
+        let (mounted, over) = self.mounts.unmount(&at, peer, departure, keep)?;
         self.end_recordings(false);
         self.journal.write(Level::Info, || {
             let (domain_id, id) = (&mounted.domain_id, &mounted.id);
-            format!("image {domain_id}/{id} unmounted from {}", mountpoint.display())
+            let lingers = over.is_none() && self.mounts.places(domain_id, id).is_empty();
+            let fate = if lingers { "; it is still in use, and served" } else { "" };
+            format!("image {domain_id}/{id} unmounted from {}{fate}", mountpoint.display())
         });
-        // Who still uses a mount that is lazily gone goes on to read.
-        if was_last && !lazy {
-            self.let_go(&mounted, keep);
+        // Behind the cachefiles door nobody can tell when the last user of a mount that is lazily
+        // gone has gone, too: the image stays.
+        let may_go = !lazy || mounted.door == Door::Fanotify;
+        if let Some(leaving) = over.filter(|_| may_go) {
+            self.let_go(&leaving);
         }
         Ok(())
     }
 
-    /// Notices what was unmounted by hand.
-    fn reconcile(&self) {
-        for mounted in self.mounts.reconcile() {
-            self.let_go(&mounted, false);
+    /// Notices what was unmounted by hand, and who has read what lingered to the end.
+    pub(super) fn reconcile(&self) {
+        for leaving in self.mounts.reconcile() {
+            self.let_go(&leaving);
         }
         self.end_recordings(false);
     }
 
-    /// An image is mounted nowhere any more.
-    fn let_go(&self, mounted: &Mounted, keep: bool) {
-        let (domain_id, id) = (&mounted.domain_id, &mounted.id);
-        if let Some(image) = self.catalog.image(domain_id, id) {
-            self.mounts.forget(&image);
-        }
-        if !keep {
-            // Somebody may have unregistered it before.
+    /// Nobody can read an image any more.
+    fn let_go(&self, leaving: &Leaving) {
+        let Leaving { image, is_kept } = leaving;
+        let (domain_id, id) = (&image.domain_id, &image.id);
+        self.mounts.forget(image);
+        // Somebody may have unregistered it before, and another under its name since.
+        let registered = self.catalog.image(domain_id, id);
+        let is_registered = registered.is_some_and(|known| Arc::ptr_eq(&known, image));
+        if is_registered && !is_kept {
             let _ = self.unregister(domain_id, id);
         }
     }

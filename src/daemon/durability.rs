@@ -102,6 +102,8 @@ impl Unsealed {
         }
         if !self.segments.is_empty() {
             (self.since, self.pause_ms) = (Instant::now(), SEAL_RECORD_RETRY_MS);
+            // Bounded, with room for others before the next try is due. The bytes of those that go
+            // are on the disk; only their record is missing, and the next bind finds that out.
             self.segments.truncate(SEAL_BATCH / 2);
         }
     }

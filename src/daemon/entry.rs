@@ -232,6 +232,7 @@ struct CacheV2 {
     filecache: Option<CacheDirectory>,
 }
 
+/// `prefetch_all` is passed over: in fscache mode nydusd prefetches whole blobs, whatever it says.
 #[derive(Deserialize)]
 #[serde(default)]
 struct PrefetchV2 {
@@ -239,7 +240,6 @@ struct PrefetchV2 {
     threads: u64,
     batch_size: u64,
     bandwidth_limit: u32,
-    prefetch_all: bool,
 }
 
 impl Default for PrefetchV2 {
@@ -250,7 +250,6 @@ impl Default for PrefetchV2 {
             threads: default.threads.into(),
             batch_size: default.merging_size_bytes,
             bandwidth_limit: 0,
-            prefetch_all: default.all,
         }
     }
 }
@@ -262,13 +261,11 @@ impl Legacy {
             .map_err(|error| error.context("config.backend_config"))?;
         let prefetch = match self.prefetch_config {
             None => PrefetchConfig::default(),
-            // The legacy form has no word for it and nydusd then fetches whole blobs.
             Some(it) => PrefetchV2 {
                 enable: it.enable,
                 threads: it.threads_count,
                 batch_size: it.merging_size,
                 bandwidth_limit: it.bandwidth_rate,
-                prefetch_all: true,
             }
             .check("config.prefetch_config")?,
         };
@@ -327,7 +324,6 @@ impl PrefetchV2 {
             threads,
             merging_size_bytes,
             bandwidth_bytes_per_second: self.bandwidth_limit.into(),
-            all: self.prefetch_all,
         })
     }
 }

@@ -61,7 +61,6 @@ fn legacy_entry_says_what_it_says() {
         threads: 3,
         merging_size_bytes: 4096,
         bandwidth_bytes_per_second: 7,
-        all: true,
     };
     assert_eq!(spec.prefetch, prefetch);
 }

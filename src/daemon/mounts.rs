@@ -4,6 +4,12 @@
 //! mount must agree. What somebody mounts or unmounts by hand is found out by looking at the
 //! kernel's own list, in the mount namespace it was mounted in; a namespace without a process is
 //! gone with its mounts. The table's changes are told to whoever remembers them on disk.
+//!
+//! An image is over when its last mount is gone and nobody can read it any more. After a lazy
+//! unmount somebody has files open; an overlay, or a copy of the mount elsewhere, goes on without
+//! the mount it was made of. Such an image *lingers*: it is served, its last place stays remembered
+//! for a successor, and from time to time is looked whether the kernel still has it open. Only the
+//! fanotify door can tell.
 
 use std::collections::{BTreeMap, HashSet};
 use std::os::unix::fs::MetadataExt;
@@ -59,10 +65,36 @@ pub struct Mounts {
     binder: Option<Arc<Binder>>,
     /// Whether the cachefiles door is open.
     has_cachefiles: bool,
-    table: Mutex<BTreeMap<Place, Mounted>>,
+    table: Mutex<BTreeMap<Place, Entry>>,
+    lingering: Mutex<Vec<Leaving>>,
     turn: Mutex<()>,
     changed: Changed,
     prefetch: Prefetch,
+}
+
+/// What the table knows of a mount.
+#[derive(Clone)]
+struct Entry {
+    image: Arc<Image>,
+    door: Door,
+}
+
+/// An image that is mounted nowhere any more.
+#[derive(Clone)]
+pub struct Leaving {
+    /// The image.
+    pub image: Arc<Image>,
+    /// Whether it stays registered.
+    pub is_kept: bool,
+}
+
+/// How a mount went.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Departure {
+    /// Nobody had files of it open.
+    Plain,
+    /// Its users were left to it.
+    Lazy,
 }
 
 impl Door {
@@ -116,8 +148,8 @@ impl Mounts {
         changed: Changed,
         prefetch: Prefetch,
     ) -> Mounts {
-        let (table, turn) = (Mutex::default(), Mutex::default());
-        Mounts { binder, has_cachefiles, table, turn, changed, prefetch }
+        let (table, lingering, turn) = (Mutex::default(), Mutex::default(), Mutex::default());
+        Mounts { binder, has_cachefiles, table, lingering, turn, changed, prefetch }
     }
 
     /// The fanotify door.
@@ -168,7 +200,7 @@ impl Mounts {
         door: Door,
     ) -> Result<()> {
         if let Some(there) = self.at(at).filter(|_| is_there(at)) {
-            let (place, id) = (at.mountpoint.display(), &there.id);
+            let (place, id) = (at.mountpoint.display(), &there.image.id);
             let text = format!("{id} is mounted at {place} already; `sluice umount` it first");
             return Err(Error::Exists(text));
         }
@@ -176,6 +208,7 @@ impl Mounts {
             (Door::Fanotify, Some(binder)) => {
                 let blobs = binder.mount(image, &at.mountpoint, peer)?;
                 blobs.into_iter().for_each(&self.prefetch);
+                self.relieve(image);
             }
             (Door::Fanotify, None) => return self.door(Some(door)).map(drop),
             (Door::Cachefiles, _) => self.mount_cookies(image, at, peer)?,
@@ -184,38 +217,50 @@ impl Mounts {
         Ok(())
     }
 
-    /// Takes up a mount that a former daemon made. False when it is not there any more.
+    /// Takes up a mount that a former daemon made. False when it is not there any more and nobody
+    /// can read the image.
     pub fn adopt(&self, image: &Arc<Image>, at: &Place, door: Door) -> Result<bool> {
-        if !is_there(at) {
+        // Another image may be mounted where this one lingers.
+        let is_own = |entry: Entry| Arc::ptr_eq(&entry.image, image);
+        let is_there = is_there(at) && self.at(at).is_none_or(is_own);
+        if !is_there && !self.is_in_use(image, door) {
             return Ok(false);
         }
         image.touches.resume();
         if let (Door::Fanotify, Some(binder)) = (door, &self.binder) {
             binder.rebind(image)?.into_iter().for_each(&self.prefetch);
         }
-        self.lock().insert(at.clone(), Mounted::of(image, door));
+        match is_there {
+            true => drop(self.lock().insert(at.clone(), Entry { image: Arc::clone(image), door })),
+            false => self.linger(Leaving { image: Arc::clone(image), is_kept: false }),
+        }
         Ok(true)
     }
 
-    /// Takes a mount away. Gives what was mounted, and whether it was the image's last place. Call
-    /// it in one's turn.
+    /// Takes a mount away; with an image's last one the image may stay registered (`is_kept`).
+    /// Gives what was mounted, and the image if it is over. Call it in one's turn.
     ///
     /// # Errors
     /// `NotFound` if this daemon mounted nothing there; `Busy` while it is in use.
-    pub fn unmount(&self, at: &Place, peer: Option<u32>, lazy: bool) -> Result<(Mounted, bool)> {
-        let mounted = self.at(at).ok_or_else(|| {
+    pub fn unmount(
+        &self,
+        at: &Place,
+        peer: Option<u32>,
+        departure: Departure,
+        is_kept: bool,
+    ) -> Result<(Mounted, Option<Leaving>)> {
+        let entry = self.at(at).ok_or_else(|| {
             let place = at.mountpoint.display();
             Error::NotFound(format!("{place}: this daemon has mounted no image there"))
         })?;
-        match mounting::detach(&at.mountpoint, peer, lazy) {
+        match mounting::detach(&at.mountpoint, peer, departure == Departure::Lazy) {
             // Somebody was faster.
             Ok(()) | Err(Error::NotFound(_)) => {}
             Err(error) => return Err(error),
         }
         self.lock().remove(at);
-        let places = self.places(&mounted.domain_id, &mounted.id);
-        (self.changed)(&mounted.domain_id, &mounted.id, &places);
-        Ok((mounted, places.is_empty()))
+        let leaving = Leaving { image: Arc::clone(&entry.image), is_kept };
+        Ok((entry.mounted(), self.leave(leaving, entry.door, departure)))
     }
 
     /// An image is mounted no more: what is absent of it is refused from now on.
@@ -226,10 +271,10 @@ impl Mounts {
     }
 
     /// Takes mounts out of the table that somebody took away by hand. Gives the images that are
-    /// mounted nowhere any more. Call it in one's turn.
-    pub fn reconcile(&self) -> Vec<Mounted> {
+    /// over, those that lingered among them. Call it in one's turn.
+    pub fn reconcile(&self) -> Vec<Leaving> {
         let places: Vec<Place> = self.lock().keys().cloned().collect();
-        let mut gone = Vec::new();
+        let mut gone = self.lingered();
         // By namespace, whose list is read once: a thousand images are a thousand lines.
         let of_namespaces = places.chunk_by(|one, two| one.namespace == two.namespace);
         let missing = of_namespaces.flat_map(|places| {
@@ -239,14 +284,79 @@ impl Mounts {
             })
         });
         for place in missing {
-            let Some(mounted) = self.lock().remove(place) else { continue };
-            let places = self.places(&mounted.domain_id, &mounted.id);
-            (self.changed)(&mounted.domain_id, &mounted.id, &places);
-            if places.is_empty() {
-                gone.push(mounted);
-            }
+            let Some(Entry { image, door }) = self.lock().remove(place) else { continue };
+            // Lazily or not: nobody says.
+            gone.extend(self.leave(Leaving { image, is_kept: false }, door, Departure::Lazy));
         }
         gone
+    }
+
+    /// A place of an image is gone. Gives the image if it is over.
+    fn leave(&self, leaving: Leaving, door: Door, departure: Departure) -> Option<Leaving> {
+        let image = &leaving.image;
+        let places = self.places(&image.domain_id, &image.id);
+        // Who has the view of a bootstrap open that several images have cannot be told; after a
+        // plain unmount it is the others.
+        let may_linger = departure == Departure::Lazy || !self.shares_view(image);
+        if places.is_empty() && may_linger && self.is_in_use(image, door) {
+            self.linger(leaving);
+            return None;
+        }
+        (self.changed)(&image.domain_id, &image.id, &places);
+        places.is_empty().then_some(leaving)
+    }
+
+    /// Takes out what lingered and is over now, or is mounted again.
+    fn lingered(&self) -> Vec<Leaving> {
+        let looked_at = std::mem::take(&mut *self.lingering());
+        let is_mounted =
+            |image: &Arc<Image>| self.lock().values().any(|entry| Arc::ptr_eq(&entry.image, image));
+        let (mut gone, mut left) = (Vec::new(), Vec::new());
+        for leaving in looked_at.into_iter().filter(|leaving| !is_mounted(&leaving.image)) {
+            let is_in_use = self.is_in_use(&leaving.image, Door::Fanotify);
+            let list = if is_in_use { &mut left } else { &mut gone };
+            list.push(leaving);
+        }
+        *self.lingering() = left;
+        gone
+    }
+
+    fn linger(&self, leaving: Leaving) {
+        let mut lingering = self.lingering();
+        if !lingering.iter().any(|other| Arc::ptr_eq(&other.image, &leaving.image)) {
+            lingering.push(leaving);
+        }
+    }
+
+    /// An image has been mounted: it serves those who linger under its name with the same bytes,
+    /// by the way to its registry that is known now.
+    fn relieve(&self, image: &Arc<Image>) {
+        let is_same = |leaving: &mut Leaving| {
+            let other = &leaving.image;
+            other.bootstrap_digest == image.bootstrap_digest
+                && (&other.domain_id, &other.id) == (&image.domain_id, &image.id)
+        };
+        let relieved: Vec<Leaving> = self.lingering().extract_if(.., is_same).collect();
+        for Leaving { image: other, .. } in relieved {
+            if !Arc::ptr_eq(&other, image) {
+                self.forget(&other);
+            }
+        }
+    }
+
+    /// Whether somebody can read an image, mounted or not, as far as can be told.
+    fn is_in_use(&self, image: &Image, door: Door) -> bool {
+        let binder = self.binder.as_ref().filter(|_| door == Door::Fanotify);
+        binder.is_some_and(|binder| binder.is_open(image))
+    }
+
+    /// Whether another image that somebody may read has the same view.
+    fn shares_view(&self, image: &Arc<Image>) -> bool {
+        let is_other = |other: &Arc<Image>| {
+            !Arc::ptr_eq(other, image) && other.bootstrap_digest == image.bootstrap_digest
+        };
+        self.lock().values().any(|entry| is_other(&entry.image))
+            || self.lingering().iter().any(|leaving| is_other(&leaving.image))
     }
 
     /// Takes the fanotify door's own mount away, unless a mounted image reads through it.
@@ -254,7 +364,8 @@ impl Mounts {
     /// # Errors
     /// What the kernel says.
     pub fn close(&self) -> Result<()> {
-        let is_used = self.lock().values().any(|mounted| mounted.door == Door::Fanotify);
+        let is_used = self.lock().values().any(|entry| entry.door == Door::Fanotify)
+            || !self.lingering().is_empty();
         match &self.binder {
             Some(binder) if !is_used => binder.close(),
             _ => Ok(()),
@@ -263,23 +374,23 @@ impl Mounts {
 
     /// All mounts.
     pub fn list(&self) -> Vec<(Place, Mounted)> {
-        self.lock().iter().map(|(place, mounted)| (place.clone(), mounted.clone())).collect()
+        self.lock().iter().map(|(place, entry)| (place.clone(), entry.mounted())).collect()
     }
 
     /// Where an image is mounted.
     pub fn places(&self, domain_id: &str, id: &str) -> Vec<(Place, Door)> {
         let table = self.lock();
-        let of_image = |mounted: &Mounted| mounted.domain_id == domain_id && mounted.id == id;
-        let places = table.iter().filter(|(_, mounted)| of_image(mounted));
-        places.map(|(place, mounted)| (place.clone(), mounted.door)).collect()
+        let of_image = |image: &Image| image.domain_id == domain_id && image.id == id;
+        let places = table.iter().filter(|(_, entry)| of_image(&entry.image));
+        places.map(|(place, entry)| (place.clone(), entry.door)).collect()
     }
 
-    fn at(&self, place: &Place) -> Option<Mounted> {
+    fn at(&self, place: &Place) -> Option<Entry> {
         self.lock().get(place).cloned()
     }
 
     fn note(&self, image: &Arc<Image>, at: &Place, door: Door) {
-        self.lock().insert(at.clone(), Mounted::of(image, door));
+        self.lock().insert(at.clone(), Entry { image: Arc::clone(image), door });
         (self.changed)(&image.domain_id, &image.id, &self.places(&image.domain_id, &image.id));
     }
 
@@ -299,14 +410,19 @@ impl Mounts {
     }
 
     /// Nothing in here panics half-way through a change, so a poisoned lock holds a whole table.
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<Place, Mounted>> {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<Place, Entry>> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lingering(&self) -> MutexGuard<'_, Vec<Leaving>> {
+        self.lingering.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Mounted {
-    fn of(image: &Image, door: Door) -> Mounted {
-        Mounted { domain_id: image.domain_id.clone(), id: image.id.clone(), door }
+impl Entry {
+    fn mounted(&self) -> Mounted {
+        let Entry { image, door } = self;
+        Mounted { domain_id: image.domain_id.clone(), id: image.id.clone(), door: *door }
     }
 }
 

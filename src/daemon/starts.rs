@@ -153,9 +153,9 @@ fn touch(line: &str, image: &Image) -> Result<Fault> {
 }
 
 impl ControlPlane {
-    /// Tells a new image what its starts need.
+    /// Tells a new image what its starts need, or that nobody wants to know.
     pub(super) fn recall_start(&self, image: &Image) {
-        let Some(starts) = &self.starts else { return };
+        let Some(starts) = &self.starts else { return image.touches.rest() };
         match starts.read(image) {
             Ok(touches) => image.touches.recall(&touches),
             Err(error) => self.journal.error(format!("a kept start is passed over: {error}")),
@@ -185,6 +185,11 @@ impl ControlPlane {
         let image = self.catalog.image(domain_id, id).ok_or_else(|| {
             Error::NotFound(format!("no image {domain_id}/{id} is registered; mount it first"))
         })?;
+        if self.starts.is_none() {
+            return Err(Error::Unsupported(
+                "this daemon learns nothing of starts; start it with --learn-starts true".into(),
+            ));
+        }
         Ok(json!({ "touches": touched_files::lines(&image, &image.touches.all())? }))
     }
 }

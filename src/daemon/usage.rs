@@ -60,6 +60,8 @@ impl ControlPlane {
     /// PUT gc: gives back what no mounted image uses, behind all doors.
     pub(super) fn collect_garbage(&self) -> Result<Value> {
         let _turn = self.mounts.turn();
+        // What was unmounted by hand just now is used by nobody.
+        self.reconcile();
         let mut freed = 0;
         if let (Some(evictor), Some(binder)) = (&self.evictor, self.mounts.binder()) {
             freed += evictor.remove_unused(u64::MAX);

@@ -12,7 +12,7 @@
 
 use std::fs::{DirBuilder, File};
 use std::io::{Read, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -20,6 +20,7 @@ use std::sync::Arc;
 use super::bindings::{Bindings, Holder};
 use super::group::Group;
 use super::mounting::{self, Binding, below};
+use super::sys;
 use crate::blob::load::read_bootstrap;
 use crate::blob::open::OpenBlob;
 use crate::blob::registration::Image;
@@ -165,8 +166,15 @@ impl Binder {
         self.bindings.unbind(image);
     }
 
-    /// Removes the views of images that are not among `images`; what a dead daemon left unfinished
-    /// goes, too. Gives the bytes.
+    /// Whether the kernel has an image's view open: while it has, somebody can read the image,
+    /// wherever it was mounted and whatever became of those mounts. Images of one bootstrap have
+    /// one view. False where it cannot be told.
+    pub fn is_open(&self, image: &Image) -> bool {
+        is_open(&self.views.join(image.bootstrap_digest.to_string()))
+    }
+
+    /// Removes the views of images that are not among `images` and that the kernel does not have
+    /// open; what a dead daemon left unfinished goes, too. Gives the bytes.
     ///
     /// # Errors
     /// What the disk says.
@@ -177,7 +185,8 @@ impl Binder {
         let mut freed = 0;
         for entry in std::fs::read_dir(&self.views).map_err(failed)? {
             let entry = entry.map_err(failed)?;
-            if entry.file_name().to_str().is_some_and(|name| !kept.contains(name)) {
+            let is_kept = |name: &str| kept.contains(name) || is_open(&entry.path());
+            if entry.file_name().to_str().is_some_and(|name| !is_kept(name)) {
                 freed += entry.metadata().map_err(failed)?.len();
                 std::fs::remove_file(entry.path()).map_err(failed)?;
             }
@@ -272,6 +281,10 @@ fn keep(path: &Path, bytes: &[u8]) -> Result<()> {
         let _ = std::fs::remove_file(&part);
         Error::io(&error, format!("cannot write the metadata {}", path.display()))
     })
+}
+
+fn is_open(view: &Path) -> bool {
+    File::open(view).is_ok_and(|view| sys::is_open_elsewhere(view.as_fd()).unwrap_or(false))
 }
 
 fn is_equal(mut file: File, bytes: &[u8]) -> bool {

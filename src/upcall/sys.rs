@@ -100,6 +100,23 @@ pub fn move_mount(mount: BorrowedFd<'_>, path: &CStr) -> Result<(), Errno> {
     Errno::result(result).map(drop)
 }
 
+/// Whether anybody but `file` has the inode open, the kernel for a mounted image included: nobody
+/// else may for a write lease (check_conflicting_open in fs/locks.c), which is given back at once.
+pub fn is_open_elsewhere(file: BorrowedFd<'_>) -> Result<bool, Errno> {
+    // fcntl(2), and SIGIO would end this process should somebody open the file just now.
+    const F_SETSIG: c_int = 10;
+    let set = |command, value: c_int| {
+        // SAFETY: numbers only.
+        Errno::result(unsafe { libc::fcntl(file.as_raw_fd(), command, value) }).map(drop)
+    };
+    set(F_SETSIG, libc::SIGURG)?;
+    match set(libc::F_SETLEASE, libc::F_WRLCK) {
+        Ok(()) => set(libc::F_SETLEASE, libc::F_UNLCK).map(|()| false),
+        Err(Errno::EAGAIN) => Ok(true),
+        Err(errno) => Err(errno),
+    }
+}
+
 /// fanotify_init(2).
 pub fn fanotify_init(flags: c_uint, event_flags: c_int) -> Result<OwnedFd, Errno> {
     // SAFETY: numbers only.

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use serde_json::json;
 use sluice::blob::catalog::Catalog;
+use sluice::blob::crew::MakeRoom;
 use sluice::blob::journal::{Journal, Level, Line};
 use sluice::blob::registration::{ImageSpec, PrefetchConfig};
 use sluice::blob::statistics::{Counter, Counters};
@@ -41,11 +42,19 @@ pub struct Options {
     pub deadline_ms: u64,
     /// The backend's own `timeout`, in seconds.
     pub timeout_s: u64,
+    /// Makes room on a full disk.
+    pub make_room: MakeRoom,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Options { cores: 2, intake: Intake::Every, deadline_ms: 20_000, timeout_s: 2 }
+        Options {
+            cores: 2,
+            intake: Intake::Every,
+            deadline_ms: 20_000,
+            timeout_s: 2,
+            make_room: Arc::new(|_| 0),
+        }
     }
 }
 
@@ -200,7 +209,7 @@ fn work(
         counters: Arc::clone(&counters),
         routes: Shared::at(None, Path::new("/nonexistent")),
         fault_deadline_ms: options.deadline_ms,
-        make_room: Arc::new(|_| 0),
+        make_room: Arc::clone(&options.make_room),
         cpus,
     };
     (Workers::start(&parts).expect("workers start"), counters)
