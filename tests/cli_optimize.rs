@@ -4,8 +4,9 @@ mod support;
 
 use serde_json::Value;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use support::http::Client;
 use support::layouts::{document, layout, noise, tar, three_layers, top};
 use support::registry::Registry;
 use tempfile::TempDir;
@@ -193,6 +194,161 @@ fn an_image_for_docker_stays_one() {
     let output = bench.run(&["optimize", &image, "--trace", trace.to_str().unwrap()]);
     assert_eq!(output.status.code(), Some(1));
     assert!(text(&output).contains("the tag that lists its blobs"), "{}", text(&output));
+    assert_eq!(fs::read(bench.path("dst/index.json")).unwrap(), index);
+}
+
+/// The layers of the image for Docker that a descriptor of a layout leads to.
+fn docker_layers(folder: &Path, entry: &Value) -> Value {
+    let manifest = document(folder, entry);
+    let config = document(folder, &manifest["config"]);
+    let diff_ids = config["rootfs"]["diff_ids"].as_array().unwrap();
+    let history = config["history"].as_array().unwrap();
+    let told = history.iter().filter(|line| line["empty_layer"] != true).count();
+    assert_eq!((diff_ids.len(), told), (1, 1), "{config}");
+    assert_eq!(config["config"]["Cmd"], serde_json::json!(["/bin/true"]));
+    manifest["layers"].clone()
+}
+
+#[test]
+fn the_image_for_docker_is_renewed_with_all_images_of_an_index() {
+    let bench = Bench::new();
+    let (folder, image) = (bench.path("dst"), bench.oci("dst", "n"));
+    // Without one of its own, with one, and with one under another name.
+    for (prepare, wanted, tag) in [
+        (&[][..], "--also-docker", "n-docker"),
+        (&["--also-docker"][..], "--also-docker", "n-docker"),
+        (&["--also-docker", "--referrer", "--to", "zran"][..], "--also-docker=d", "d"),
+    ] {
+        bench.succeed(&[&["convert"], prepare, &[&bench.oci("src", "v1"), &image]].concat());
+        let before = (!prepare.is_empty()).then(|| document(&folder, &top(&folder, "n-docker")));
+        let report = bench.optimize(&image, &[wanted]);
+        let (main, docker) = ["n", tag].map(|tag| document(&folder, &top(&folder, tag))).into();
+        for number in [0, 1] {
+            let entries = [&main, &docker].map(|index| &index["manifests"][number]);
+            let machines = entries.map(|entry| &entry["platform"]["architecture"]);
+            assert_eq!(machines[0], machines[1]);
+            let image = document(&folder, entries[0]);
+            let layers = docker_layers(&folder, entries[1]);
+            assert_eq!(layers.as_array().unwrap().len(), 1);
+            let last = image["layers"].as_array().unwrap().last().unwrap();
+            assert_eq!(&layers[0], last, "the bootstrap of the image, {machines:?}");
+            assert_eq!(document(&folder, entries[1])["subject"], image["subject"]);
+            if machines[0] == "amd64" {
+                assert_eq!(report["manifest"], entries[0]["digest"]);
+                assert_eq!(report["docker_manifest"], entries[1]["digest"]);
+            } else if let Some(before) = before.as_ref().filter(|_| !prepare.contains(&"zran")) {
+                // What was not optimised is what convert made.
+                assert_eq!(entries[1], &before["manifests"][number]);
+            }
+        }
+        assert!(report["docker_left_behind"].is_null(), "{report}");
+        // The same once more is the same.
+        let names = fs::read(folder.join("index.json")).unwrap();
+        bench.optimize(&image, &[wanted]);
+        let (now, was) = (top(&folder, tag), serde_json::from_slice::<Value>(&names).unwrap());
+        assert!(was["manifests"].as_array().unwrap().contains(&now), "{now}");
+    }
+}
+
+#[test]
+fn an_image_for_docker_that_is_left_behind_is_told_of() {
+    let bench = Bench::new();
+    let image = bench.oci("dst", "n");
+    let source = bench.oci("src", "v1");
+    bench.succeed(&["convert", "--platform", "linux/amd64", "--also-docker", &source, &image]);
+    let folder = bench.path("dst");
+    let before = top(&folder, "n-docker");
+    let report = bench.optimize(&image, &["--tag", "fast"]);
+    assert!(report["docker_left_behind"].is_null(), "that of another tag: {report}");
+    let report = bench.optimize(&image, &[]);
+    assert_eq!(report["docker_left_behind"], "n-docker", "{report}");
+    assert_eq!(top(&folder, "n-docker"), before, "it is as it was");
+    let trace = bench.path("trace");
+    let said = bench.succeed(&["optimize", &image, "--trace", trace.to_str().unwrap()]);
+    assert!(said.contains("n-docker stays as it is") && said.contains("--also-docker"), "{said}");
+    let report = bench.optimize(&image, &["--also-docker"]);
+    assert!(report["docker_left_behind"].is_null(), "{report}");
+    let report = bench.optimize(&image, &[]);
+    assert!(report["docker_left_behind"].is_null(), "it has this start already: {report}");
+    // What is no image for Docker is nobody's business.
+    let other = bench.oci("dst", "m");
+    bench.succeed(&["convert", "--platform", "linux/amd64", &source, &other]);
+    bench.succeed(&[
+        "convert",
+        "--platform",
+        "linux/amd64",
+        &source,
+        &bench.oci("dst", "m-docker"),
+    ]);
+    let report = bench.optimize(&other, &[]);
+    assert!(report["docker_left_behind"].is_null(), "{report}");
+}
+
+#[test]
+fn an_image_for_docker_gets_its_tag_after_the_image_in_a_registry_as_well() {
+    let bench = Bench::new();
+    let registry = Registry::start(&[]);
+    let image = format!("{}/team/app:n", registry.address());
+    let there = |tag: &str| {
+        let mut client = Client::connect(registry.address());
+        let path = format!("/v2/team/app/manifests/{tag}");
+        let answer = client.get(&path).unwrap();
+        (answer.status, serde_json::from_slice::<Value>(&answer.body).unwrap_or_default())
+    };
+    bench.succeed(&["convert", "--plain-http", "--also-docker", &bench.oci("src", "v1"), &image]);
+    let before = ["n", "n-docker"].map(there);
+    let report = bench.optimize(&image, &["--tag", "x"]);
+    assert!(report["docker_left_behind"].is_null(), "{report}");
+    let trace = bench.path("trace");
+    let trace = ["optimize", &image, "--plain-http", "--trace", trace.to_str().unwrap()];
+    let refused = |more: &[&str]| {
+        let output = bench.run(&[&trace, more].concat());
+        assert_eq!(output.status.code(), Some(1), "{}", text(&output));
+    };
+    let forbid = |tag: &str| {
+        let path = format!("/manifests/{tag}");
+        let effect = serde_json::json!({ "forbidden": true });
+        registry.fault(serde_json::json!([{ "method": "PUT", "path": path, "effect": effect }]));
+    };
+    forbid("n");
+    refused(&["--also-docker"]);
+    refused(&["--also-docker=d"]);
+    assert_eq!((["n", "n-docker"].map(there), there("d").0), (before.clone(), 404));
+    forbid("d");
+    refused(&["--also-docker=d"]);
+    assert_ne!(there("n"), before[0], "the image itself is there");
+    registry.heal();
+    let report = bench.optimize(&image, &[]);
+    assert_eq!(report["docker_left_behind"], "n-docker");
+    let report = bench.optimize(&image, &["--also-docker"]);
+    let (_, index) = there("n-docker");
+    let digests: Vec<&Value> =
+        index["manifests"].as_array().unwrap().iter().map(|entry| &entry["digest"]).collect();
+    assert!(digests.contains(&&report["docker_manifest"]), "{index}");
+    let shown = bench.json(&["inspect", "--plain-http", &format!("{image}-docker")]);
+    assert_eq!(shown["blobs"][0]["id"], report["blob"], "what Docker gets has the start in front");
+    // No run of them leaves anything behind.
+    let left = fs::read_dir(bench.root.path()).unwrap();
+    let left = left.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    assert!(!left.into_iter().any(|name| name.starts_with(".sluice-")));
+}
+
+#[test]
+fn a_tag_for_docker_that_makes_no_sense_ends_with_2() {
+    let bench = Bench::new();
+    let (image, directory) = (bench.oci("dst", "n"), bench.path("flat"));
+    bench.succeed(&["convert", &bench.oci("src", "v1"), &image]);
+    let flat = format!("dir:{}", directory.display());
+    bench.succeed(&["convert", "--platform", "linux/amd64", &bench.oci("src", "v1"), &flat]);
+    let (index, trace) = (fs::read(bench.path("dst/index.json")).unwrap(), bench.path("trace"));
+    for (image, wanted) in [
+        (&image[..], "--also-docker=n"),
+        (&image[..], "--also-docker=a b"),
+        (directory.to_str().unwrap(), "--also-docker"),
+    ] {
+        let output = bench.run(&["optimize", image, "--trace", trace.to_str().unwrap(), wanted]);
+        assert_eq!(output.status.code(), Some(2), "{wanted}: {}", text(&output));
+    }
     assert_eq!(fs::read(bench.path("dst/index.json")).unwrap(), index);
 }
 

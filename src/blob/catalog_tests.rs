@@ -388,3 +388,18 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn start_blob_is_fetched_ahead_at_a_start_and_not_later() {
+    let shelf = Shelf::new();
+    let path = shelf.put("boot", "zstd-64k", |_| {});
+    let (mut image, _) = Image::load(shelf.spec("", "image", &path)).unwrap();
+    assert!(image.start_bytes == 0 && !image.is_fetched_ahead(0), "it lists nothing");
+    image.start_bytes = 8192;
+    assert_eq!(image.start_ranges(0), std::slice::from_ref(&(0..8192)));
+    assert!(image.is_fetched_ahead(0) && !image.is_fetched_ahead(1));
+    image.touches.resume();
+    assert!(!image.is_fetched_ahead(0), "it was mounted before");
+    image.prefetch.enable = true;
+    assert!(image.is_fetched_ahead(0) && image.start_ranges(0).is_empty());
+}

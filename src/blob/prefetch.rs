@@ -1,8 +1,9 @@
 //! Prefetch: what an image's starts are known to need, for every image, and whole blobs for images
 //! that ask for it.
 //!
-//! What earlier starts on this node needed comes first, of all blobs that wait, then what the
-//! image's builder listed, of all of them, then the rest of each. One
+//! What a start needs comes first, of all blobs that wait: the blob an optimised image has for it,
+//! and what earlier starts on this node touched. Then comes what the image's builder listed, of
+//! all blobs, then the rest of each. One
 //! task per core walks one blob at a time in that order, keeps a few runs in the read-ahead queue
 //! and no more, pauses while readers wait on this core, keeps to the image's bandwidth, and has no
 //! more in flight than the route's readers leave it (`registry/pace.rs`). A blob that has to wait
@@ -61,8 +62,8 @@ enum Outcome {
 /// What of a blob is prefetched next.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Part {
-    /// What earlier starts needed.
-    Touched,
+    /// What a start needs.
+    Start,
     /// What the image lists.
     Listed,
     /// Everything that is absent.
@@ -73,9 +74,9 @@ impl Part {
     /// What comes after it.
     fn next(self, blob: &OpenBlob) -> Option<Part> {
         match self {
-            Part::Touched if blob.image.prefetch.enable => Some(Part::Listed),
+            Part::Start if blob.image.prefetch.enable => Some(Part::Listed),
             Part::Listed => Some(Part::Whole),
-            Part::Touched | Part::Whole => None,
+            Part::Start | Part::Whole => None,
         }
     }
 }
@@ -83,7 +84,7 @@ impl Part {
 impl Crew {
     /// Has a blob fetched when those before it have been.
     pub fn prefetch_later(&self, blob: Arc<OpenBlob>) {
-        let part = Part::Touched;
+        let part = Part::Start;
         let wish = Wish { blob, part, left: None, not_before_ns: 0, tries: 0, failed_ns: 0 };
         if let Err(wish) = self.prefetch.push(&self.core, wish) {
             let text = || format!("{}: too many prefetches wait; skipped", wish.blob.name());
@@ -206,7 +207,7 @@ impl Crew {
     /// What of a part is not there.
     async fn absent_ranges(&self, blob: &OpenBlob, part: Part) -> VecDeque<Range<u64>> {
         let mut ranges = match part {
-            Part::Touched => blob.image.touches.known_ranges(blob.blob_index),
+            Part::Start => blob.image.start_ranges(blob.blob_index),
             Part::Whole => std::iter::once(0..blob.size()).collect(),
             Part::Listed => self.listed(blob).await.unwrap_or_else(|error| {
                 let text = || format!("{}: its prefetch list: {error}", blob.name());

@@ -7,6 +7,7 @@
 
 use std::fs::File;
 use std::io::Read;
+use std::ops::Range;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
@@ -18,6 +19,7 @@ use crate::image::blob_table::BlobRecord;
 use crate::image::bootstrap::Bootstrap;
 use crate::image::digest::Digest;
 use crate::image::identity::BlobId;
+use crate::image::prefetch::start_bytes;
 use crate::registry::config::Backend;
 
 /// What may be fetched before anybody asks for it.
@@ -96,6 +98,8 @@ pub struct Image {
     pub prefetch: PrefetchConfig,
     /// The data blobs; position = blob index in the bootstrap.
     pub blobs: Vec<ImageBlob>,
+    /// The size of the first blob, if the image was optimised for a start and that is in it.
+    pub start_bytes: u64,
     /// What its readers need first.
     pub touches: Touches,
 }
@@ -115,6 +119,22 @@ impl Image {
             )));
         }
         Ok(bytes)
+    }
+
+    /// What a start needs of a blob as far as is known: all of the blob that was made for it, or
+    /// what earlier starts on this node touched.
+    pub fn start_ranges(&self, blob_index: u32) -> Vec<Range<u64>> {
+        match blob_index {
+            0 if self.start_bytes > 0 && !self.touches.is_resumed() => {
+                std::iter::once(0..self.start_bytes).collect()
+            }
+            _ => self.touches.known_ranges(blob_index),
+        }
+    }
+
+    /// Whether something of a blob is fetched before anybody asks for it.
+    pub fn is_fetched_ahead(&self, blob_index: u32) -> bool {
+        self.prefetch.enable || !self.start_ranges(blob_index).is_empty()
     }
 
     /// Whether a file has the bytes of this image's bootstrap. Blocks on the disk.
@@ -158,6 +178,8 @@ impl Image {
             work_dir,
             prefetch: spec.prefetch,
             blobs,
+            // A list that makes no sense is told of by whoever prefetches.
+            start_bytes: start_bytes(&bootstrap).unwrap_or(0),
             touches: Touches::default(),
         };
         Ok((image, bootstrap))

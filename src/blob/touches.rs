@@ -61,7 +61,7 @@ impl Touches {
 
     /// A reader needs `range` of a blob.
     pub fn note(&self, blob_index: u32, range: &Range<u64>, now_ns: u64) {
-        if self.is_over.load(Ordering::Relaxed) || self.is_resumed.load(Ordering::Relaxed) {
+        if self.is_over.load(Ordering::Relaxed) || self.is_resumed() {
             return;
         }
         let Some(slots) = self.slots.get() else { return };
@@ -84,17 +84,16 @@ impl Touches {
         }
     }
 
-    /// Whether anything is known that a start needs of a blob.
-    pub fn is_known(&self, blob_index: u32) -> bool {
-        !self.is_resumed.load(Ordering::Relaxed)
-            && self.known().any(|touch| touch.blob_index == blob_index)
+    /// Whether the image was mounted before this daemon came.
+    pub fn is_resumed(&self) -> bool {
+        self.is_resumed.load(Ordering::Relaxed)
     }
 
     /// What a start is known to need of a blob, in the order of its touches. What is close to the
     /// range before is joined to it, with what is between.
     pub fn known_ranges(&self, blob_index: u32) -> Vec<Range<u64>> {
         let mut ranges: Vec<Range<u64>> = Vec::new();
-        if self.is_resumed.load(Ordering::Relaxed) {
+        if self.is_resumed() {
             return ranges;
         }
         for touch in self.known().filter(|touch| touch.blob_index == blob_index) {
@@ -227,7 +226,7 @@ mod tests {
         assert_eq!(touches.end(u64::MAX, true), None);
         touches.note(0, &(8192..12288), SECOND + 1);
         assert_eq!(touches.all().len(), 1);
-        assert!(touches.is_known(0) && !touches.is_known(1));
+        assert_eq!(touches.known_ranges(0), std::slice::from_ref(&(0..4096)));
     }
 
     #[test]
@@ -265,7 +264,7 @@ mod tests {
         touches.recall(&[touch(0, 0..4096, 0)]);
         touches.resume();
         touches.note(0, &(8192..12288), SECOND);
-        assert!(!touches.is_known(0) && touches.known_ranges(0).is_empty());
+        assert!(touches.is_resumed() && touches.known_ranges(0).is_empty());
         assert_eq!(touches.end(u64::MAX, true), None);
     }
 

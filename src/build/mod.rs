@@ -25,6 +25,7 @@ pub mod convert;
 pub mod docker_archive;
 pub mod docker_save;
 pub mod documents;
+pub mod for_docker;
 pub mod image_config;
 pub mod layer_stream;
 pub mod oci_layout;

@@ -76,6 +76,19 @@ impl Place {
         Reference::parse(text).map(Place::Registry)
     }
 
+    /// What another tag leads to in the same repository or layout, where there are tags.
+    pub fn tagged(&self, tag: &str) -> Option<Place> {
+        let name = Some(tag.to_owned());
+        match self {
+            Place::Registry(reference) => {
+                let there = Reference { tag: name, digest: None, ..reference.clone() };
+                Some(Place::Registry(there))
+            }
+            Place::Oci { directory, .. } => Some(Place::Oci { directory: directory.clone(), name }),
+            Place::DockerArchive { .. } | Place::Directory(_) => None,
+        }
+    }
+
     /// The tag a manifest gets there.
     pub fn tag(&self) -> &str {
         match self {

@@ -2,11 +2,14 @@
 //!
 //! The manifest is the old one with the new blob in front and the new bootstrap at its end; layers
 //! the new bootstrap does not need are left out. In an index the other images stay as they are.
+//! The image for Docker, when one is wanted, has a name last of all, as `convert` does it: a run
+//! that ends early leaves one that is older than the image, never one that is newer.
 
 use std::collections::{BTreeMap, HashSet};
 
 use super::bootstrap_layer::BootstrapLayer;
 use super::documents::{CONFIG, INDEX, MANIFEST, describe, descriptor, index, manifest};
+use super::for_docker::{ForDocker, index_of};
 use super::image_config::{ImageConfig, NewLayer, Origin};
 use super::optimize::Optimized;
 use super::sink::{Body, Content, Name, Sink};
@@ -17,50 +20,148 @@ use crate::image::manifest::{
 };
 use crate::image::{Bootstrap, Digest};
 
-/// Stores the new parts and gives the result a name; says what its manifest is.
+/// The names of the result, and which machine's image of an index it is.
+pub struct Names<'a> {
+    /// Chooses the image of an index.
+    pub platform: &'a Platform,
+    /// The image's tag.
+    pub tag: &'a str,
+    /// The tag of the image for Docker, if there is to be one.
+    pub docker_tag: Option<&'a str>,
+}
+
+/// What was stored.
+#[derive(Clone, Debug)]
+pub struct Republished {
+    /// The image's manifest.
+    pub manifest: Descriptor,
+    /// That of the image for Docker.
+    pub docker: Option<Descriptor>,
+    /// The layer with the bootstrap, which both have.
+    pub bootstrap: Digest,
+}
+
+/// The image as it was.
+struct Old {
+    manifest: Manifest,
+    subject: Option<Descriptor>,
+    config: ImageConfig,
+    platform: Option<Platform>,
+    /// The index around it, and what that says of it.
+    around: Option<(Index, Descriptor)>,
+}
+
+/// Stores the new parts and gives the result its names, the image's before that for Docker.
 pub fn republish(
     library: &dyn Library,
     sink: &mut dyn Sink,
-    platform: &Platform,
-    tag: &str,
+    names: &Names<'_>,
     image: Optimized,
-) -> Result<Descriptor> {
-    let (top, bytes) = library.top()?;
-    let (old, subject, around) = match Document::parse(&bytes)? {
-        Document::Manifest(manifest) => (manifest, subject(&bytes), None),
-        Document::Index(index) => {
-            let entry = index.choose(platform)?.clone();
-            let bytes = library.document(&entry)?;
-            (Manifest::parse(&bytes)?, subject(&bytes), Some((index, entry)))
-        }
-    };
-    let config = ImageConfig::parse(&library.document(&old.config)?)?;
-    let (layers, told) = layers(&old, &config, sink, image)?;
-    let written = config.rewritten(&told);
+) -> Result<Republished> {
+    let old = Old::read(library, names.platform)?;
+    let (layers, told) = layers(&old.manifest, &old.config, sink, image)?;
+    let written = old.config.rewritten(&told);
     let described = describe(CONFIG, &written);
     put(sink, &described, Body::Bytes(written))?;
-    sink.settle()?;
-    let bytes = manifest(&described, &layers, subject.as_ref(), &old.annotations);
-    let mut made = describe(MANIFEST, &bytes);
-    let Some((index, entry)) = around else {
-        made.platform = top.platform;
-        sink.put_manifest(&made, &bytes, Name::Tag(tag))?;
-        sink.finish()?;
-        return Ok(made);
+    let (Some(bootstrap), Some(last)) = (layers.last(), told.last()) else {
+        return Err(malformed!("an image without layers"));
     };
-    made.platform.clone_from(&entry.platform);
-    made.annotations.clone_from(&entry.annotations);
-    sink.put_manifest(&made, &bytes, Name::Digest)?;
-    let bytes = replaced(index, &entry, &made);
-    sink.put_manifest(&describe(INDEX, &bytes), &bytes, Name::Tag(tag))?;
+    let docker = match names.docker_tag {
+        Some(_) => old.for_docker(library, sink, bootstrap, last)?,
+        None => Vec::new(),
+    };
+    sink.settle()?;
+    let bytes = manifest(&described, &layers, old.subject.as_ref(), &old.manifest.annotations);
+    let mut made = describe(MANIFEST, &bytes);
+    made.platform.clone_from(&old.platform);
+    match &old.around {
+        None => sink.put_manifest(&made, &bytes, Name::Tag(names.tag))?,
+        Some((index, entry)) => {
+            made.annotations.clone_from(&entry.annotations);
+            sink.put_manifest(&made, &bytes, Name::Digest)?;
+            let bytes = replaced(index, entry, &made);
+            sink.put_manifest(&describe(INDEX, &bytes), &bytes, Name::Tag(names.tag))?;
+        }
+    }
+    if let Some(tag) = names.docker_tag {
+        old.name_for_docker(sink, &docker, Name::Docker(tag))?;
+    }
     sink.finish()?;
-    Ok(made)
+    let is_own = |one: &&ForDocker| one.bootstrap == bootstrap.digest;
+    let docker = docker.iter().find(is_own).map(|one| one.manifest.0.clone());
+    Ok(Republished { manifest: made, docker, bootstrap: bootstrap.digest })
+}
+
+impl Old {
+    fn read(library: &dyn Library, platform: &Platform) -> Result<Old> {
+        let (top, bytes) = library.top()?;
+        let (manifest, subject, platform, around) = match Document::parse(&bytes)? {
+            Document::Manifest(manifest) => (manifest, subject(&bytes), top.platform, None),
+            Document::Index(index) => {
+                let entry = index.choose(platform)?.clone();
+                let bytes = library.document(&entry)?;
+                let (manifest, subject) = (Manifest::parse(&bytes)?, subject(&bytes));
+                (manifest, subject, entry.platform.clone(), Some((index, entry)))
+            }
+        };
+        let config = ImageConfig::parse(&library.document(&manifest.config)?)?;
+        Ok(Old { manifest, subject, config, platform, around })
+    }
+
+    /// Makes the image for Docker, and those of the other images of the index; their
+    /// configurations are stored.
+    fn for_docker(
+        &self,
+        library: &dyn Library,
+        sink: &mut dyn Sink,
+        bootstrap: &Descriptor,
+        last: &NewLayer,
+    ) -> Result<Vec<ForDocker>> {
+        let Old { manifest, subject, config, .. } = self;
+        let diff_id = last.diff_id.clone();
+        let mut own = ForDocker::of(manifest, config, subject.as_ref(), bootstrap, diff_id);
+        own.manifest.0.platform.clone_from(&self.platform);
+        let mut made = Vec::new();
+        match &self.around {
+            None => made.push(own),
+            Some((index, chosen)) => {
+                for entry in &index.manifests {
+                    match entry.digest == chosen.digest {
+                        true => made.push(own.clone()),
+                        false => made.extend(ForDocker::beside(library, entry)?),
+                    }
+                }
+            }
+        }
+        for one in &made {
+            put(sink, &one.config.0, Body::Bytes(one.config.1.clone()))?;
+        }
+        Ok(made)
+    }
+
+    fn name_for_docker(
+        &self,
+        sink: &mut dyn Sink,
+        made: &[ForDocker],
+        name: Name<'_>,
+    ) -> Result<()> {
+        let (index, made) = match (&self.around, made) {
+            (None, [one]) => return sink.put_manifest(&one.manifest.0, &one.manifest.1, name),
+            (None, _) => return Ok(()),
+            (Some((index, _)), made) => (index, made),
+        };
+        for one in made {
+            sink.put_manifest(&one.manifest.0, &one.manifest.1, Name::Digest)?;
+        }
+        let bytes = index_of(index, made);
+        sink.put_manifest(&describe(INDEX, &bytes), &bytes, name)
+    }
 }
 
 /// The index with one entry in place of another.
-fn replaced(old: Index, entry: &Descriptor, made: &Descriptor) -> Vec<u8> {
-    let swap = |one: Descriptor| if one.digest == entry.digest { made.clone() } else { one };
-    let manifests: Vec<Descriptor> = old.manifests.into_iter().map(swap).collect();
+fn replaced(old: &Index, entry: &Descriptor, made: &Descriptor) -> Vec<u8> {
+    let swap = |one: &Descriptor| if one.digest == entry.digest { made } else { one }.clone();
+    let manifests: Vec<Descriptor> = old.manifests.iter().map(swap).collect();
     index(&manifests, &old.annotations)
 }
 

@@ -138,7 +138,8 @@ fn place(text: &str) -> std::result::Result<Place, String> {
     Place::parse(text).map_err(|error| error.to_string())
 }
 
-fn tag_or_none(text: &str) -> std::result::Result<String, String> {
+/// A tag, or nothing for the usual one.
+pub fn tag_or_none(text: &str) -> std::result::Result<String, String> {
     match text.is_empty() || is_tag(text) {
         true => Ok(text.to_owned()),
         false => Err("that is no tag".to_owned()),
@@ -152,13 +153,18 @@ fn docker_tag(options: &Options) -> Result<Option<String>> {
     if !is_tag(tag) || matches!(to, Place::Registry(reference) if reference.digest.is_some()) {
         return Err(Error::Malformed(format!("{to}: a destination is named by a tag")));
     }
-    let wanted = match (&options.also_docker, to) {
-        (Some(named), _) if !named.is_empty() => named.clone(),
-        (Some(_), _) | (None, Place::DockerArchive { .. }) => format!("{tag}-docker"),
-        (None, _) => return Ok(None),
-    };
+    match (&options.also_docker, to) {
+        (Some(named), _) => docker_tag_beside(tag, named).map(Some),
+        (None, Place::DockerArchive { .. }) => docker_tag_beside(tag, "").map(Some),
+        (None, _) => Ok(None),
+    }
+}
+
+/// The tag of the image for Docker beside an image's tag: the one that was named, if one was.
+pub fn docker_tag_beside(tag: &str, named: &str) -> Result<String> {
+    let wanted = if named.is_empty() { format!("{tag}-docker") } else { named.to_owned() };
     match is_tag(&wanted) && wanted != tag {
-        true => Ok(Some(wanted)),
+        true => Ok(wanted),
         false => Err(Error::Malformed(format!("--also-docker {wanted}: no tag of its own"))),
     }
 }

@@ -1,5 +1,5 @@
 //! What an image's builder wants fetched first: the files of its prefetch table, and all that is
-//! below the directories in it, as ranges of one blob.
+//! below the directories in it, as ranges of one blob; and whether a blob is nothing but that.
 
 use std::collections::HashSet;
 use std::ops::Range;
@@ -8,7 +8,7 @@ use super::bootstrap::Bootstrap;
 use super::erofs::Tree;
 use super::files::ENTRY_BYTES;
 use super::inode::{DataLayout, FileKind, Inode};
-use crate::config::PREFETCH_GAP_BYTES;
+use crate::config::{PREFETCH_GAP_BYTES, START_TOUCHED_MAX_BYTES};
 use crate::error::Result;
 
 /// Ranges of a blob's address space in the order of the table. What follows closely behind the one
@@ -29,6 +29,37 @@ pub fn listed_ranges(bootstrap: &Bootstrap, blob_index: u32) -> Result<Vec<Range
         listing.add(nid)?;
     }
     Ok(listing.ranges)
+}
+
+/// The size of an image's first blob when that is a start, as `build/optimize.rs` makes them: it
+/// has nothing but what the listed files need, there are other blobs for the rest, and it is no
+/// larger than what is fetched for a start. 0 otherwise.
+///
+/// An image that lists a directory asks for a prefetch of much or of everything, which is for the
+/// one who mounts it to allow.
+///
+/// # Errors
+/// As [`listed_ranges`].
+pub fn start_bytes(bootstrap: &Bootstrap) -> Result<u64> {
+    let [first, _, ..] = bootstrap.blobs() else { return Ok(0) };
+    let is_short = first.uncompressed_size <= START_TOUCHED_MAX_BYTES;
+    if !is_short || bootstrap.prefetch_nids().next().is_none() {
+        return Ok(0);
+    }
+    for nid in bootstrap.prefetch_nids() {
+        if bootstrap.tree().inode(nid)?.kind != FileKind::File {
+            return Ok(0);
+        }
+    }
+    let mut ranges = listed_ranges(bootstrap, first.index)?;
+    ranges.sort_unstable_by_key(|range| range.start);
+    let mut ranges = ranges.into_iter().peekable();
+    let is_listed = bootstrap.chunks_of(first.index).all(|chunk| {
+        // Chunks come by their offsets, so that no range is needed twice.
+        while ranges.next_if(|range| range.end <= chunk.uncompressed_offset).is_some() {}
+        ranges.peek().is_some_and(|range| range.start <= chunk.uncompressed_offset)
+    });
+    Ok(if is_listed { first.uncompressed_size } else { 0 })
 }
 
 struct Listing<'a> {
@@ -152,6 +183,15 @@ mod tests {
         assert_eq!(ranges.len(), 2);
         let [first, second] = [two, one].map(|file| starts(&image, file)[0]);
         assert_eq!((ranges[0].start, ranges[1].start), (first, second));
+    }
+
+    #[test]
+    fn an_image_of_one_blob_has_no_start_in_it() {
+        let (files, root) = files();
+        let every: Vec<u64> = files.iter().map(|file| file.nid).collect();
+        for nids in [&[][..], &[root], &every] {
+            assert_eq!(start_bytes(&listing(nids)), Ok(0));
+        }
     }
 
     #[test]

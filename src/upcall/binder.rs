@@ -149,13 +149,13 @@ impl Binder {
         Ok(self.to_prefetch(image, &prepared.is_missing))
     }
 
-    /// The blobs with something missing, if the image asks for prefetch or its start is known to
-    /// need something of them. One that does not wake is left to its readers, who are told why.
+    /// The blobs with something missing that is fetched before anybody asks for it. One that does
+    /// not wake is left to its readers, who are told why.
     fn to_prefetch(&self, image: &Arc<Image>, is_missing: &[bool]) -> Vec<Arc<OpenBlob>> {
         let Some(bound) = self.bindings.of_image(image) else { return Vec::new() };
-        let is_wanted = |index| image.prefetch.enable || image.touches.is_known(index);
-        let missing =
-            (0..).zip(is_missing).filter(|&(index, is_missing)| *is_missing && is_wanted(index));
+        let missing = (0..)
+            .zip(is_missing)
+            .filter(|&(index, is_missing)| *is_missing && image.is_fetched_ahead(index));
         let wake =
             |blob_index| Holder { bound: Arc::clone(&bound), blob_index }.wake(&self.bindings);
         missing.filter_map(|(blob_index, _)| wake(blob_index).ok()).collect()

@@ -85,7 +85,7 @@ impl Door {
             return;
         }
         if let Ok((Opened::Data(blob), _)) = opened
-            && (blob.image.prefetch.enable || blob.image.touches.is_known(blob.blob_index))
+            && blob.image.is_fetched_ahead(blob.blob_index)
         {
             self.crew.prefetch_later(blob);
         }
