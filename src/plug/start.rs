@@ -5,7 +5,7 @@
 //! hears of it with the next start, so one that was away learns what it missed.
 
 use std::str::FromStr;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use serde::Deserialize;
@@ -54,6 +54,8 @@ pub struct Starts {
 struct Counts {
     all: [u64; OUTCOMES.len()],
     told: [u64; OUTCOMES.len()],
+    /// Somebody does, and will tell all that is new when it is done.
+    is_telling: bool,
 }
 
 /// What the daemon calls them.
@@ -100,26 +102,48 @@ impl Starts {
         Starts { counts: Mutex::default(), tell }
     }
 
-    /// Counts one and tells the daemon of all it does not know. Blocks as long as it takes to
-    /// answer; a daemon that does not is told next time.
+    /// Counts one and tells the daemon of all it does not know, unless somebody is at it. Blocks as
+    /// long as it takes to answer, which holds up nobody else; a daemon that does not is told next
+    /// time.
     pub fn note(&self, start: &Start) {
-        let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut counts = self.lock();
         counts.all[start.outcome()] += 1;
-        let (all, told) = (counts.all, counts.told);
-        let news = OUTCOMES.iter().zip(all.iter().zip(told)).filter(|(_, (all, told))| *all > told);
-        let news: Map<String, Value> =
-            news.map(|(name, (all, told))| ((*name).to_owned(), (all - told).into())).collect();
-        // Held meanwhile: two at once would tell the same twice.
-        if (self.tell)(&Value::Object(news)).is_ok() {
-            counts.told = all;
+        // Two at once would tell the same twice.
+        if std::mem::replace(&mut counts.is_telling, true) {
+            return;
         }
+        while counts.all != counts.told {
+            let (all, news) = (counts.all, counts.news());
+            drop(counts);
+            let told = (self.tell)(&news);
+            counts = self.lock();
+            match told {
+                Ok(()) => counts.told = all,
+                Err(_) => break,
+            }
+        }
+        counts.is_telling = false;
     }
 
     /// All of them since this process began, for people.
     pub fn summary(&self) -> String {
-        let all = self.counts.lock().unwrap_or_else(PoisonError::into_inner).all;
+        let all = self.lock().all;
         let parts = OUTCOMES.iter().zip(all).map(|(name, count)| format!("{count} {name}"));
         parts.collect::<Vec<_>>().join(", ")
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Counts> {
+        self.counts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Counts {
+    fn news(&self) -> Value {
+        let counts = OUTCOMES.iter().zip(self.all.iter().zip(self.told));
+        let news = counts.filter(|(_, (all, told))| *all > told);
+        let news: Map<String, Value> =
+            news.map(|(name, (all, told))| ((*name).to_owned(), (all - told).into())).collect();
+        Value::Object(news)
     }
 }
 
@@ -150,5 +174,32 @@ mod tests {
         assert_eq!(heard[0], serde_json::json!({"failed": 2, "waited": 1}));
         assert_eq!(heard[1], serde_json::json!({"lazy": 1}));
         assert_eq!(starts.summary(), "1 lazy, 1 waited, 0 full, 2 failed");
+    }
+
+    #[test]
+    fn a_daemon_that_does_not_answer_holds_up_one_start_and_no_other() {
+        use std::sync::mpsc::channel;
+        let ((said, heard), (answer, answers)) = (channel(), channel::<()>());
+        let answers = Mutex::new(answers);
+        let starts = Arc::new(Starts::new(Box::new(move |news| {
+            said.send(news.clone()).unwrap();
+            answers.lock().unwrap().recv().map_err(|_| Error::unavailable("no daemon"))
+        })));
+        let first = starts.clone();
+        let first = std::thread::spawn(move || first.note(&Start::Lazy));
+        assert_eq!(heard.recv().unwrap(), serde_json::json!({"lazy": 1}));
+        let (second, (done, is_done)) = (starts.clone(), channel());
+        let second = std::thread::spawn(move || {
+            second.note(&Start::Waited("no daemon".to_owned()));
+            done.send(second.summary()).unwrap();
+        });
+        let patience = std::time::Duration::from_secs(10);
+        let summary = is_done.recv_timeout(patience).expect("it did not wait for the first");
+        assert_eq!(summary, "1 lazy, 1 waited, 0 full, 0 failed");
+        answer.send(()).unwrap();
+        assert_eq!(heard.recv().unwrap(), serde_json::json!({"waited": 1}), "and none is lost");
+        answer.send(()).unwrap();
+        first.join().unwrap();
+        second.join().unwrap();
     }
 }
