@@ -6,10 +6,12 @@
 
 use std::collections::HashMap;
 use std::fs::{self, Permissions};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, lchown};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use super::beneath::{self, Beneath};
 use super::containerd_messages::{Mount, SnapshotInfo, Timestamp};
 use super::labels::{self, Labels};
 use super::snapshot_filter::Filters;
@@ -32,6 +34,8 @@ pub struct Store {
     directories: Directories,
     journal: Arc<Journal>,
     index_off: bool,
+    /// Whoever holds it removes orphans.
+    tidying: Mutex<()>,
 }
 
 impl Store {
@@ -49,10 +53,13 @@ impl Store {
             images: Arc::new(Images::new(mounter, plan, Arc::clone(&journal))),
             journal,
             index_off: kernel_has_index(),
+            tidying: Mutex::default(),
         };
         // Nobody calls yet, so nobody needs to be asked to wait.
         for id in store.unused_images()? {
-            store.images.unmount(&store.directories.image(id))?;
+            if let Err(error) = store.images.unmount(&store.directories.image(id)) {
+                store.journal.error(format!("an unused image stays mounted: {error}"));
+            }
         }
         store.remove_orphans()?;
         Ok(Arc::new(store))
@@ -277,18 +284,28 @@ impl Store {
 
     /// What cannot be removed stays an orphan and is tried again at the next cleanup.
     fn remove_orphans(&self) -> Result<()> {
+        // One at a time: what one moves up the other would take for its own.
+        let _turn = self.tidying.lock().unwrap_or_else(PoisonError::into_inner);
         let orphans = self.lock().orphans()?;
         for orphan in orphans {
-            let removed = self.images.unmount(&orphan.join("image")).and_then(|()| {
-                fs::remove_dir_all(&orphan)
-                    .map_err(|error| Error::io(&error, format!("cannot remove {orphan:?}")))
-            });
-            match removed {
+            match self.remove_orphan(&orphan) {
                 Ok(()) => self.journal.write(Level::Debug, || format!("removed {orphan:?}")),
                 Err(error) => self.journal.error(format!("left for later: {error}")),
             }
         }
         Ok(())
+    }
+
+    /// Whatever a container has made: neither the stack nor descriptors grow with its depth.
+    fn remove_orphan(&self, orphan: &Path) -> Result<()> {
+        self.images.unmount(&orphan.join("image"))?;
+        let (Some(all), Some(name)) = (orphan.parent(), orphan.file_name()) else { return Ok(()) };
+        // What is moved up here on the way is an orphan itself, should we die meanwhile.
+        Beneath::open(all)?
+            .directory(b"")
+            .and_then(|all| beneath::open_directory(all, b"."))
+            .and_then(|all| beneath::remove(&all, name.as_bytes(), &all))
+            .map_err(|errno| Error::system(errno as i32, format!("cannot remove {orphan:?}")))
     }
 
     fn info(&self, snapshot: &Snapshot) -> SnapshotInfo {

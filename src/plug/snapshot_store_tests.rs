@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 
 use serde_json::{Value, json};
 
+use super::beneath;
 use super::labels::{self, Labels};
 use super::snapshot_images::{Mounter, Plan};
 use super::snapshot_records::Kind;
@@ -25,6 +26,8 @@ struct StandIn {
     is_ignorant: Arc<Mutex<bool>>,
     /// How starts went.
     told: Arc<Mutex<Vec<Value>>>,
+    /// Somebody is in every image: none can be unmounted.
+    is_busy: Arc<Mutex<bool>>,
 }
 
 impl StandIn {
@@ -34,6 +37,9 @@ impl StandIn {
         Mounter {
             mount: Box::new(move |entry, place| on_mount.mount(entry, place)),
             unmount: Box::new(move |place| {
+                if *on_unmount.is_busy.lock().unwrap() {
+                    return Err(Error::Busy(place.display().to_string()));
+                }
                 fs::remove_file(place.join("etc/passwd")).unwrap();
                 fs::remove_dir(place.join("etc")).unwrap();
                 let was = on_unmount.mounted.lock().unwrap().remove(place);
@@ -89,9 +95,14 @@ fn plan(policy: Policy, wait_ms: u64) -> Plan {
 impl Scene {
     fn new(plan: Plan) -> Scene {
         let root = tempfile::tempdir().expect("a directory");
+        let path = root.path().to_owned();
+        Scene::at(root, &path, plan)
+    }
+
+    fn at(root: tempfile::TempDir, path: &Path, plan: Plan) -> Scene {
         let daemon = StandIn::default();
         let journal = Journal::new(Level::Off).0;
-        let store = Store::open(root.path(), daemon.mounter(), plan, journal).expect("opens");
+        let store = Store::open(path, daemon.mounter(), plan, journal).expect("opens");
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
         Scene { root, daemon, store, runtime: runtime.expect("a runtime") }
     }
@@ -297,6 +308,49 @@ fn cleanup_removes_what_removed_snapshots_left() {
     scene.runtime.block_on(Arc::clone(&scene.store).cleanup()).unwrap();
     assert_eq!(fs::read_dir(&snapshots).unwrap().count(), 0);
     assert_eq!(scene.daemon.count(), 0);
+}
+
+#[test]
+fn cleanup_removes_a_tree_of_any_depth() {
+    let scene = Scene::new(plan(Policy::Fail, 0));
+    let mounts = scene.create(Kind::Active, "one", "", Labels::new()).unwrap();
+    let mut at = beneath::Beneath::open(Path::new(&mounts[1])).unwrap().directory(b"").unwrap();
+    // A container makes as many as it likes, one below the other.
+    for _ in 0..15_000 {
+        nix::sys::stat::mkdirat(&at, "d", nix::sys::stat::Mode::S_IRWXU).unwrap();
+        at = beneath::open_directory(&at, b"d").unwrap();
+    }
+    scene.remove("one").unwrap();
+    scene.runtime.block_on(Arc::clone(&scene.store).cleanup()).unwrap();
+    assert_eq!(fs::read_dir(scene.root.path().join("snapshots")).unwrap().count(), 0);
+}
+
+#[test]
+fn a_root_behind_a_link_goes_by_the_name_the_kernel_gives_it() {
+    let place = tempfile::tempdir().expect("a directory");
+    let (real, link) = (place.path().join("real"), place.path().join("link"));
+    fs::create_dir(&real).unwrap();
+    std::os::unix::fs::symlink("real", &link).unwrap();
+    let scene = Scene::at(place, &link, plan(Policy::Fail, 0));
+    scene.image("app", "team/app");
+    scene.create(Kind::Active, "one", "app", Labels::new()).unwrap();
+    let mounted = scene.daemon.mounted.lock().unwrap().first().expect("mounted").clone();
+    // Where the daemon finds another name in the mount table, it takes the image for unmounted.
+    assert_eq!(mounted, mounted.canonicalize().unwrap());
+}
+
+#[test]
+fn an_image_that_cannot_be_unmounted_keeps_nobody_else_from_work() {
+    let scene = Scene::new(plan(Policy::Fail, 0));
+    scene.image("app", "team/app");
+    scene.create(Kind::Active, "one", "app", Labels::new()).unwrap();
+    *scene.daemon.is_busy.lock().unwrap() = true;
+    scene.remove("one").unwrap();
+    let scene = scene.restart(plan(Policy::Fail, 0));
+    assert_eq!(scene.daemon.count(), 1);
+    *scene.daemon.is_busy.lock().unwrap() = false;
+    scene.runtime.block_on(Arc::clone(&scene.store).cleanup()).unwrap();
+    assert_eq!(scene.daemon.count(), 0, "the next cleanup makes up for it");
 }
 
 #[test]

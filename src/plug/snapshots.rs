@@ -24,6 +24,8 @@ pub struct Snapshots {
     by_name: BTreeMap<String, Snapshot>,
     /// How many snapshots lie directly on top of each name; no entry is none.
     children: BTreeMap<String, usize>,
+    /// How many views and active snapshots stand on each image; no entry is none.
+    users: BTreeMap<u64, usize>,
     directories: Directories,
 }
 
@@ -95,27 +97,39 @@ impl Directories {
 }
 
 impl Snapshots {
-    /// Opens a root, or makes it.
+    /// Opens a root, or makes it. Its directories go by the names that the kernel shows in its mount
+    /// table, without links: the daemon finds what it has mounted there.
     ///
     /// # Errors
     /// Those of [`Records::open`], and `Malformed` when a parent is missing.
     pub fn open(root: &Path) -> Result<Snapshots> {
         let (records, by_name) = Records::open(root)?;
+        let root = root
+            .canonicalize()
+            .map_err(|error| Error::io(&error, format!("cannot find {}", root.display())))?;
         let mut children = BTreeMap::new();
         for snapshot in by_name.values().filter(|snapshot| !snapshot.parent.is_empty()) {
             let parent = by_name.get(&snapshot.parent);
             if parent.is_none_or(|parent| parent.kind != Kind::Committed) {
                 return Err(Error::Malformed(format!(
-                    "{}: snapshot {:?} stands on {:?}, which is no committed snapshot here",
+                    "{}: snapshot {:?} stands on {:?}, which is no committed snapshot here; put \
+                     that one's record back, or move records/{}.json away to lose this one, too",
                     root.display(),
                     snapshot.name,
-                    snapshot.parent
+                    snapshot.parent,
+                    snapshot.id
                 )));
             }
             *children.entry(snapshot.parent.clone()).or_default() += 1;
         }
         let directories = Directories(root.join("snapshots"));
-        Ok(Snapshots { records, by_name, children, directories })
+        let users = BTreeMap::new();
+        let mut all = Snapshots { records, by_name, children, users, directories };
+        let images = all.by_name.values().filter_map(|snapshot| all.image_used_by(snapshot));
+        for image in images.collect::<Vec<_>>() {
+            *all.users.entry(image).or_default() += 1;
+        }
+        Ok(all)
     }
 
     /// Where the contents are.
@@ -164,6 +178,7 @@ impl Snapshots {
     /// Makes a view or an active snapshot with its directories.
     pub fn create(&mut self, kind: Kind, key: &str, parent: &str, labels: Labels) -> Result<Stack> {
         self.check_new(key)?;
+        self.check_room()?;
         self.check_parent(parent)?;
         let id = self.records.new_id()?;
         self.directories.make(id, kind)?;
@@ -188,6 +203,7 @@ impl Snapshots {
         if self.by_name.values().any(same) {
             return Ok(());
         }
+        self.check_room()?;
         let id = self.records.new_id()?;
         let name = format!("blob-layer/{id}/{chain}");
         let labels = labels.clone();
@@ -211,7 +227,9 @@ impl Snapshots {
         let layer = fresh(id, name, &parent, Kind::Committed, labels, contents);
         let layer = Snapshot { usage, ..layer };
         self.records.save(&layer)?;
-        self.by_name.remove(key);
+        if let Some(active) = self.by_name.remove(key) {
+            self.drop_user(&active);
+        }
         self.by_name.insert(name.to_owned(), layer);
         Ok(())
     }
@@ -235,6 +253,7 @@ impl Snapshots {
         }
         self.records.remove(stack.snapshot.id)?;
         self.by_name.remove(name);
+        self.drop_user(&stack.snapshot);
         let parent = &stack.snapshot.parent;
         if let Some(count) = self.children.get_mut(parent) {
             *count -= 1;
@@ -256,10 +275,28 @@ impl Snapshots {
 
     /// Whether a view or an active snapshot stands on this image.
     pub fn is_image_used(&self, id: u64) -> bool {
-        self.by_name.values().filter(|snapshot| snapshot.kind != Kind::Committed).any(|snapshot| {
-            let image = self.lowers_of(snapshot).ok().and_then(|it| it.image().map(|it| it.id));
-            image == Some(id)
-        })
+        self.users.contains_key(&id)
+    }
+
+    /// The image a view or an active snapshot stands on, which never changes.
+    fn image_used_by(&self, snapshot: &Snapshot) -> Option<u64> {
+        let mut above = Some(snapshot).filter(|snapshot| snapshot.kind != Kind::Committed)?;
+        loop {
+            above = self.by_name.get(&above.parent)?;
+            if matches!(above.contents, Contents::Image(_)) {
+                return Some(above.id);
+            }
+        }
+    }
+
+    fn drop_user(&mut self, snapshot: &Snapshot) {
+        let Some(image) = self.image_used_by(snapshot) else { return };
+        if let Some(count) = self.users.get_mut(&image) {
+            *count -= 1;
+            if *count == 0 {
+                self.users.remove(&image);
+            }
+        }
     }
 
     /// Directories that belong to no record: of removed snapshots, of unfinished creations.
@@ -301,6 +338,9 @@ impl Snapshots {
         if !snapshot.parent.is_empty() {
             *self.children.entry(snapshot.parent.clone()).or_default() += 1;
         }
+        if let Some(image) = self.image_used_by(&snapshot) {
+            *self.users.entry(image).or_default() += 1;
+        }
         self.by_name.insert(snapshot.name.clone(), snapshot);
         Ok(())
     }
@@ -312,9 +352,16 @@ impl Snapshots {
         if self.by_name.contains_key(name) {
             return Err(Error::Exists(format!("snapshot {name:?} exists already")));
         }
+        Ok(())
+    }
+
+    /// No start reads more records than this.
+    fn check_room(&self) -> Result<()> {
         match self.by_name.len() < SNAPSHOTS_MAX {
             true => Ok(()),
-            false => Err(Error::Busy(format!("there are {SNAPSHOTS_MAX} snapshots already"))),
+            false => Err(Error::Busy(format!(
+                "there are {SNAPSHOTS_MAX} snapshots already: remove images or containers"
+            ))),
         }
     }
 
@@ -360,5 +407,29 @@ fn field<'a>(snapshot: &'a Snapshot, path: &[String]) -> Option<&'a str> {
         }),
         Some("labels") => snapshot.labels.get(&path[1..].join(".")).map(String::as_str),
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_root_takes_no_blob_layer_and_still_commits() {
+        let root = tempfile::tempdir().expect("a directory");
+        let mut all = Snapshots::open(root.path()).unwrap();
+        all.create(Kind::Active, "a", "", Labels::new()).unwrap();
+        for id in 2..=SNAPSHOTS_MAX as u64 {
+            let (name, labels) = (id.to_string(), Labels::new());
+            let other = fresh(id, &name, "", Kind::Committed, labels, Contents::Files);
+            all.by_name.insert(name, other);
+        }
+        // One more, and the next start would refuse the root.
+        let blob = all.commit_blob("sha256:1", "", &Labels::new());
+        assert!(matches!(blob, Err(Error::Busy(_))), "{blob:?}");
+        let made = all.create(Kind::View, "b", "", Labels::new());
+        assert!(matches!(made, Err(Error::Busy(_))), "{made:?}");
+        let committed = all.commit("a", "c", Labels::new(), Usage::default(), Contents::Files);
+        assert_eq!(committed, Ok(()), "that makes none more");
     }
 }

@@ -189,5 +189,7 @@ fn reopened(break_it: impl Fn(&Path)) -> Result<Snapshots> {
 fn a_missing_parent_is_noticed_at_the_start() {
     assert!(reopened(|_| ()).is_ok());
     let error = reopened(|records| fs::remove_file(records.join("1.json")).unwrap());
-    assert!(error.expect_err("refused").to_string().contains("\"top\" stands on \"base\""));
+    let said = error.expect_err("refused").to_string();
+    assert!(said.contains("\"top\" stands on \"base\""), "{said}");
+    assert!(said.contains("records/2.json") && said.contains("move"), "what to do: {said}");
 }
