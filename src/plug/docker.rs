@@ -5,7 +5,9 @@
 //! own it can serve at once.
 
 use std::collections::BTreeMap;
+use std::fs::DirBuilder;
 use std::io::Read;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -98,7 +100,7 @@ impl Plugin {
         if method == "GraphDriver.ApplyDiff" {
             let id = query_value(query, "id")?;
             let size = self.driver()?.apply(&id, body)?;
-            return Ok(Answer::Json(json!({ "Size": size })));
+            return Ok(Answer::Json(json!({ "Size": size.min(i64::MAX as u64) })));
         }
         let mut bytes = Vec::new();
         body.take(config::DOCKER_ARGUMENTS_MAX_BYTES + 1)
@@ -210,15 +212,16 @@ impl Plugin {
 
     /// The driver of a home directory, opened if it is not.
     fn open(&self, home: &Path) -> Result<Arc<Driver>> {
+        let place = without_links(home)?;
         let mut driver = self.driver.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(driver) = driver.as_ref().filter(|driver| driver.home() == home) {
+        if let Some(driver) = driver.as_ref().filter(|driver| driver.home() == place) {
             return Ok(driver.clone());
         }
         // One home at a time: the lock of the other is given back first.
         *driver = None;
         let image_root = self.options.image_root.as_deref();
         let store = ImageStore::beside(home, image_root, self.options.settings.clone());
-        let opened = Arc::new(Driver::open(home, store, self.service.clone())?);
+        let opened = Arc::new(Driver::open(&place, store, self.service.clone())?);
         *driver = Some(opened.clone());
         Ok(opened)
     }
@@ -246,6 +249,14 @@ impl Plugin {
             Error::io(&error, format!("cannot write {}", note.display()))
         })
     }
+}
+
+/// The home, which is made, by the name that the kernel shows in its mount table: the daemon finds
+/// there what it has mounted.
+fn without_links(home: &Path) -> Result<PathBuf> {
+    let made = DirBuilder::new().recursive(true).mode(0o710).create(home);
+    made.and_then(|()| home.canonicalize())
+        .map_err(|error| Error::io(&error, format!("cannot use {} for layers", home.display())))
 }
 
 fn text(path: &Path) -> Result<&str> {

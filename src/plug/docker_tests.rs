@@ -230,3 +230,20 @@ fn a_dead_socket_is_replaced_and_a_living_one_is_not() {
     std::os::unix::net::UnixListener::bind(&path).expect("left by a dead plugin");
     Socket::bind(&path).expect("replaced");
 }
+
+#[test]
+fn a_home_behind_a_link_goes_by_the_name_the_kernel_gives_it() {
+    let place = tempfile::tempdir().expect("a directory");
+    let home = place.path().join("link");
+    std::fs::create_dir(place.path().join("real")).expect("made");
+    std::os::unix::fs::symlink("real", &home).expect("made");
+    let plugin = Arc::new(plugin(place.path()));
+    let mut docker = connect(&plugin);
+    for _ in 0..2 {
+        assert_eq!(call(&mut docker, "GraphDriver.Init", &json!({"Home": home})), json!({}));
+    }
+    call(&mut docker, "GraphDriver.Create", &json!({"ID": "a"}));
+    let got = call(&mut docker, "GraphDriver.Get", &json!({"ID": "a"}));
+    let place = Path::new(got["Dir"].as_str().expect("a directory"));
+    assert_eq!(place, place.canonicalize().expect("there"));
+}

@@ -125,15 +125,22 @@ impl Driver {
             return Ok(self.layers.path(id, "diff"));
         }
         let merged = self.layers.path(id, "merged");
-        if !overlay::is_mounted(&merged) {
-            *uses = 0;
-            if let Err(error) = self.mount(id, &record, label, &merged) {
-                self.drop_unborn(id);
-                return Err(error);
+        let mounted = match overlay::is_mounted(&merged) {
+            true => Ok(()),
+            false => {
+                *uses = 0;
+                self.mount(id, &record, label, &merged)
             }
+        };
+        if let Err(error) = mounted.and_then(|()| self.layers.set_uses(id, *uses + 1)) {
+            if *uses == 0 {
+                // Docker puts back only what it got. It is told what failed first.
+                let _ = self.release(id, &mut uses);
+                self.drop_unborn(id);
+            }
+            return Err(error);
         }
         *uses += 1;
-        self.layers.set_uses(id, *uses)?;
         Ok(merged)
     }
 
@@ -293,15 +300,15 @@ impl Driver {
     /// Unmounts a layer whoever uses it.
     fn release(&self, id: &str, uses: &mut u32) -> Result<()> {
         overlay::unmount(&self.layers.path(id, "merged"))?;
-        if *uses > 0 {
-            *uses = 0;
-            self.layers.set_uses(id, 0)?;
-        }
+        let noted = match std::mem::take(uses) {
+            0 => Ok(()),
+            _ => self.layers.set_uses(id, 0),
+        };
         // A damaged layer stands on nothing that is known.
         if let Ok(Some(image)) = self.image_below(id) {
             self.images.release(&self.layers, &image, id);
         }
-        Ok(())
+        noted
     }
 
     fn mount(&self, id: &str, record: &Record, label: &str, merged: &Path) -> Result<()> {

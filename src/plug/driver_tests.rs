@@ -395,3 +395,22 @@ fn a_layer_torn_by_a_crash_is_removed_with_its_mounts() {
     bench.driver().remove("image").unwrap();
     bench.nothing_is_left();
 }
+
+#[test]
+fn a_layer_whose_use_cannot_be_noted_is_not_left_mounted() {
+    let bench = Bench::new();
+    bench.lazy("base");
+    bench.driver().create("c", Some("base"), true).unwrap();
+    // As a full disk would.
+    let obstacle = bench.home.path().join("layers/c/uses.new");
+    fs::create_dir(&obstacle).unwrap();
+    assert!(bench.driver().get("c", "").is_err());
+    assert!(!bench.is_mounted("c", "merged"), "Docker will not put back what it did not get");
+    fs::remove_dir(&obstacle).unwrap();
+    bench.driver().get("c", "").unwrap();
+    fs::create_dir(&obstacle).unwrap();
+    assert!(bench.driver().put("c").is_err());
+    assert!(!bench.is_mounted("c", "merged"));
+    bench.sweep();
+    assert!(!bench.is_mounted("base", "image"), "nobody uses it");
+}

@@ -327,3 +327,15 @@ fn links_swapped_in_while_packing_are_not_followed() {
     symlink("/etc", bench.path("layer/d")).expect("made");
     assert!(super::beneath::open_directory(stack.layer(0), b"d").is_err());
 }
+
+#[test]
+fn sizes_that_no_disk_has_are_added_up_all_the_same() {
+    // A file system on which a container may say that a file has 2^63 - 1 bytes.
+    let place = tempfile::tempdir_in("/dev/shm").expect("a directory");
+    for name in ["a", "b", "c"] {
+        let file = std::fs::File::create(place.path().join(name)).expect("made");
+        file.set_len(i64::MAX as u64).expect("sized");
+    }
+    let stack = Stack::open(&[place.path().to_owned()], false).expect("opens");
+    assert_eq!(pack::size_bytes(stack), Ok(i64::MAX as u64), "Docker's sizes have a sign");
+}

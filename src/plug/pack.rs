@@ -30,13 +30,14 @@ pub fn pack(stack: Stack, sink: impl Write) -> Result<()> {
 }
 
 /// Bytes of what `stack` shows, each file once however many names it has; directories do not count.
+/// Never more than Docker can read: a container may have files of any size that are all hole.
 pub fn size_bytes(stack: Stack) -> Result<u64> {
-    let (mut seen, mut total) = (HashSet::new(), 0);
+    let (mut seen, mut total) = (HashSet::new(), 0u64);
     stack::walk(stack, Stack::default(), |visit| {
         let status = &visit.found.status;
         let is_first = status.st_nlink == 1 || seen.insert((status.st_dev, status.st_ino));
         if !visit.found.is_directory() && is_first {
-            total += status.st_size as u64;
+            total = total.saturating_add(status.st_size as u64).min(i64::MAX as u64);
         }
         Ok(())
     })?;
