@@ -97,8 +97,8 @@ impl Directories {
 }
 
 impl Snapshots {
-    /// Opens a root, or makes it. Its directories go by the names that the kernel shows in its mount
-    /// table, without links: the daemon finds what it has mounted there.
+    /// Opens a root, or makes it. Its directories go by the names that the kernel shows in its
+    /// mount table, without links: the daemon finds what it has mounted there.
     ///
     /// # Errors
     /// Those of [`Records::open`], and `Malformed` when a parent is missing.
