@@ -180,6 +180,9 @@ impl Snapshots {
         self.check_new(key)?;
         self.check_room()?;
         self.check_parent(parent)?;
+        if kind == Kind::View || !labels.contains_key(SNAPSHOT_REF) {
+            self.check_whole(parent)?;
+        }
         let id = self.records.new_id()?;
         self.directories.make(id, kind)?;
         let snapshot = fresh(id, key, parent, kind, labels, Contents::Files);
@@ -363,6 +366,27 @@ impl Snapshots {
                 "there are {SNAPSHOTS_MAX} snapshots already: remove images or containers"
             ))),
         }
+    }
+
+    /// What a layer is unpacked into, and only that, may stand on a blob layer without the image
+    /// that reads it: to a container its files would just not be there. A manifest can call any
+    /// layer a blob, and containerd then takes that for this layer in other images, too.
+    fn check_whole(&self, parent: &str) -> Result<()> {
+        let mut below = self.by_name.get(parent);
+        while let Some(layer) = below {
+            match layer.contents {
+                Contents::Files => below = self.by_name.get(&layer.parent),
+                Contents::Image(_) => return Ok(()),
+                Contents::Blob => {
+                    return Err(Error::Malformed(format!(
+                        "layer {:?} holds a data blob, and above it is no bootstrap to read it by: \
+                         remove all images with this layer and pull again",
+                        layer.name
+                    )));
+                }
+            }
+        }
+        Ok(())
     }
 
     fn check_parent(&self, parent: &str) -> Result<()> {

@@ -20,7 +20,8 @@ fn labels(pairs: &[(&str, &str)]) -> Labels {
 /// Makes the layer `name` on `parent` and returns its id.
 fn layer(snapshots: &mut Snapshots, name: &str, parent: &str, contents: Contents) -> u64 {
     let key = format!("{name}-active");
-    let made = snapshots.create(Kind::Active, &key, parent, Labels::new()).expect("created");
+    let unpacking = labels(&[(SNAPSHOT_REF, name)]);
+    let made = snapshots.create(Kind::Active, &key, parent, unpacking).expect("created");
     let usage = Usage { bytes: 1, inodes: 1 };
     snapshots.commit(&key, name, Labels::new(), usage, contents).expect("committed");
     made.snapshot.id
@@ -90,7 +91,8 @@ fn a_stack_ends_at_the_first_image_and_passes_over_blobs() {
     all.commit_blob("sha256:1", "", &blob).unwrap();
     let blob_name = names(&all, &["labels.\"containerd.io/snapshot.ref\"==sha256:1"]).remove(0);
     // What unpacks the bootstrap stands on blobs only: on nothing.
-    let unpacking = all.create(Kind::Active, "u", &blob_name, Labels::new()).unwrap();
+    let reference = labels(&[(SNAPSHOT_REF, "sha256:2")]);
+    let unpacking = all.create(Kind::Active, "u", &blob_name, reference).unwrap();
     assert_eq!(unpacking.lowers, []);
     let image = layer(&mut all, "image", &blob_name, Contents::Image("00".into()));
     let over = layer(&mut all, "over", "image", Contents::Files);
@@ -101,6 +103,26 @@ fn a_stack_ends_at_the_first_image_and_passes_over_blobs() {
     assert!(all.is_image_used(image));
     all.remove("container").unwrap();
     assert!(!all.is_image_used(image), "a layer is no user");
+}
+
+#[test]
+fn what_lacks_the_files_of_a_blob_layer_is_not_handed_out() {
+    let root = root();
+    let mut all = Snapshots::open(root.path()).unwrap();
+    // By a manifest that calls the lowest layer of somebody else's image a blob.
+    let blob = labels(&[(NYDUS_BLOB, "true"), (SNAPSHOT_REF, "sha256:1")]);
+    all.commit_blob("sha256:1", "", &blob).unwrap();
+    let blob_name = names(&all, &["labels.\"containerd.io/snapshot.ref\"==sha256:1"]).remove(0);
+    layer(&mut all, "top", &blob_name, Contents::Files);
+    for (kind, parent) in
+        [(Kind::Active, "top"), (Kind::View, "top"), (Kind::Active, blob_name.as_str())]
+    {
+        let made = all.create(kind, "container", parent, Labels::new());
+        let said = made.expect_err("refused").to_string();
+        assert!(said.contains("sha256:1") && said.contains("pull"), "{said}");
+    }
+    layer(&mut all, "image", "top", Contents::Image("00".into()));
+    all.create(Kind::Active, "container", "image", Labels::new()).expect("all of it is there");
 }
 
 #[test]
