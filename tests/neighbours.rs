@@ -66,6 +66,7 @@ fn is_read_beside_a_dead_host(effect: &Value, sick: &Truth, count: usize, places
     let well_object = node.open(&well);
     dead.fault(json!([{"blob": "", "effect": effect}]));
     let objects = copies(&node, sick, dead.address(), count);
+    node.were_in_use();
     let page = |at: u64| at / 4096 * 4096..(at / 4096 + 1) * 4096;
     let ask = |object| places.iter().map(move |&at| (object, page(at)));
     let waiting: Vec<_> = objects

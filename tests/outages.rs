@@ -1,5 +1,5 @@
 //! A registry that is away for a while costs its readers time; one that stays away, an error at
-//! their deadline and not before.
+//! their deadline and not before. One that has never been there is told of soon.
 
 mod support;
 
@@ -35,12 +35,28 @@ fn is_waited_out(image: &str, count: usize, effect: &Value) {
     let (cache, truth, options) = (cache(), Truth::of(image), options(LONG_MS));
     let node = Node::start(cache.path(), &options);
     node.register(&truth, registry.address(), &options);
+    node.were_in_use();
     let object = node.open(&truth);
     registry.fault(json!([{"blob": "", "count": count, "effect": effect}]));
     let range = page(&truth, 0);
     let bytes = node.kernel.read(&object, range.clone()).expect("the registry came back");
     assert!(bytes == truth.bytes[range.start as usize..range.end as usize]);
     assert!(registry.blob_reads().len() > count, "it was away");
+}
+
+#[test]
+fn reader_learns_soon_that_nothing_ever_came_and_waits_once_something_has() {
+    let registry = Registry::with_images(&[]);
+    let (cache, truth, options) = (cache(), Truth::of("zstd-64k"), options(LONG_MS));
+    let node = Node::start(cache.path(), &options);
+    node.register(&truth, registry.address(), &options);
+    let object = node.open(&truth);
+    registry.fault(json!([{"blob": "", "effect": {"status": 503}}]));
+    assert_eq!(node.kernel.read(&object, page(&truth, 0)), Err(nix::libc::EIO));
+    registry.heal();
+    node.kernel.read(&object, page(&truth, 0)).expect("a failure is not for ever");
+    registry.fault(json!([{"blob": "", "count": HASTY + 1, "effect": {"status": 503}}]));
+    node.kernel.read(&object, page(&truth, 10)).expect("it has been well");
 }
 
 #[test]
@@ -64,6 +80,7 @@ fn reader_of_a_registry_that_is_gone_gets_eio_at_the_deadline() {
     let (cache, truth, options) = (cache(), Truth::of("zstd-64k"), options(4_000));
     let node = Node::start(cache.path(), &options);
     node.register(&truth, registry.address(), &options);
+    node.were_in_use();
     let object = node.open(&truth);
     registry.kill();
     let began = Instant::now();
@@ -146,6 +163,7 @@ fn stop_waits_for_no_outage() {
         let (cache, truth, options) = (cache(), Truth::of("zstd-64k"), options(LONG_MS));
         let mut node = Node::start(cache.path(), &options);
         node.register(&truth, registry.address(), &options);
+        node.were_in_use();
         let object = node.open(&truth);
         registry.fault(json!([{"blob": "", "effect": effect}]));
         let waiting = node.kernel.ask_read(&object, page(&truth, 0));
@@ -164,6 +182,7 @@ fn object_that_is_closed_is_asked_for_no_longer() {
     let (cache, truth, options) = (cache(), Truth::of("zstd-64k"), options(LONG_MS));
     let node = Node::start(cache.path(), &options);
     node.register(&truth, registry.address(), &options);
+    node.were_in_use();
     let object = node.open(&truth);
     registry.fault(json!([{"blob": "", "effect": {"status": 503}}]));
     let answer = node.kernel.ask_read(&object, page(&truth, 0));
@@ -180,6 +199,7 @@ fn open_prefetched(node: &Node, truth: &Truth, address: &str) -> support::kernel
     let prefetch =
         PrefetchConfig { enable: true, merging_size_bytes: 1 << 20, ..PrefetchConfig::default() };
     node.register_as(&truth.domain, truth, backend, prefetch);
+    node.were_in_use();
     node.open(truth)
 }
 

@@ -205,6 +205,7 @@ impl Crew {
         self.benches.borrow_mut().push(landing.bench);
         landed?;
         body.finish();
+        blob.route.proven();
         let elapsed_ns = self.core.now().saturating_sub(began_ns);
         self.statistics.borrow_mut().record_request(size as u64, elapsed_ns);
         Ok(())

@@ -236,6 +236,7 @@ impl Crew {
             landed += got?;
         }
         body.finish();
+        blob.route.proven();
         bytes.extend_from_slice(&lease[..size]);
         Ok(())
     }

@@ -1,10 +1,11 @@
 //! How often bytes that did not come are asked for again, and after which pauses.
 //!
 //! Where a reader waits: for as long as it may, so that a registry which restarts costs it time and
-//! no error. What is fetched ahead is given up soon: nobody waits for it, and a reader who comes
-//! for it after all asks for itself. Wrong bytes and answers are given up soon as well, because
-//! time does not mend them. Nothing waits here once the daemon stops; once nobody has the blob
-//! open any more, a pause at most.
+//! no error. That is for images in use: where no byte has ever come from, something may be set up
+//! wrong, and who starts a container (`plug/probe.rs`) wants to know soon. What is fetched ahead is
+//! given up soon: nobody waits for it, and a reader who comes for it after all asks for itself.
+//! Wrong bytes and answers are given up soon as well, because time does not mend them. Nothing
+//! waits here once the daemon stops; once nobody has the blob open any more, a pause at most.
 
 use std::sync::atomic::Ordering;
 
@@ -38,7 +39,8 @@ impl<'a> Tries<'a> {
     /// Whether time may mend it, and somebody waits who has the time.
     fn is_patient(&self, error: &Error) -> bool {
         let is_outage = matches!(error, Error::Unavailable { .. } | Error::Deadline(_));
-        self.cause == Cause::Demand && is_outage
+        let was_well = self.blob.route.is_proven() || self.blob.image.touches.is_resumed();
+        self.cause == Cause::Demand && is_outage && was_well
     }
 }
 

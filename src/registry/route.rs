@@ -8,6 +8,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use crate::error::{Error, Result};
@@ -105,6 +106,8 @@ pub struct Route {
     pub slots: Vec<Slot>,
     /// How its readers fare.
     pub pace: Pace,
+    /// Whether bytes of a blob have ever come this way.
+    is_proven: AtomicBool,
 }
 
 /// Somebody who can be asked.
@@ -155,7 +158,21 @@ impl Route {
             }
         };
         let (host, backend, pace) = (host.finish(), backend.clone(), Pace::default());
-        Ok(Route { id, host, backend, sources, slots, pace })
+        let is_proven = AtomicBool::new(false);
+        Ok(Route { id, host, backend, sources, slots, pace, is_proven })
+    }
+
+    /// Bytes of a blob came.
+    pub fn proven(&self) {
+        // Mostly known already: no core takes the others' cache line then.
+        if !self.is_proven() {
+            self.is_proven.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether bytes of a blob have ever come this way, in the life of this daemon.
+    pub fn is_proven(&self) -> bool {
+        self.is_proven.load(Ordering::Relaxed)
     }
 
     /// The configuration of a registry.
