@@ -13,12 +13,12 @@ use serde::Serialize;
 
 use super::bootstrap_layer::BootstrapLayer;
 use super::documents::{
-    CONFIG, INDEX, LAYER_GZIP, MANIFEST, VERSION_ANNOTATION, describe, descriptor, index, manifest,
+    CONFIG, LAYER_GZIP, MANIFEST, VERSION_ANNOTATION, describe, descriptor, manifest,
 };
 use super::image_config::{NewLayer, Origin};
 use super::layer_stream::LayerStream;
 use super::oci_layout::read_small;
-use super::sink::{Body, Content, Name, Sink};
+use super::sink::{Body, Content, Name, Sink, put_named};
 use super::source::{Images, LayerInput, Source, SourceImage, SourceLayer, platform_text};
 use super::tally::Tally;
 use super::unpacked::BOOTSTRAP_NAME;
@@ -179,31 +179,12 @@ impl<'a> Conversion<'a> {
     fn name(&mut self, images: &Images, made: &[Made]) -> Result<()> {
         let docker: Vec<_> = made.iter().filter_map(|made| made.docker.as_ref()).collect();
         let main: Vec<_> = made.iter().map(|made| &made.manifest).collect();
-        self.name_one(images, &main, Name::Tag(&self.order.tag))?;
+        let around = images.index.as_ref();
+        put_named(self.sink, around, &main, Name::Tag(&self.order.tag))?;
         match &self.order.docker_tag {
-            Some(tag) => self.name_one(images, &docker, Name::Docker(tag)),
+            Some(tag) => put_named(self.sink, around, &docker, Name::Docker(tag)),
             None => Ok(()),
         }
-    }
-
-    fn name_one(
-        &mut self,
-        images: &Images,
-        manifests: &[&(Descriptor, Vec<u8>)],
-        name: Name<'_>,
-    ) -> Result<()> {
-        let annotations = match (&images.index, manifests) {
-            (None, [(descriptor, bytes)]) => {
-                return self.sink.put_manifest(descriptor, bytes, name);
-            }
-            (annotations, _) => annotations.clone().unwrap_or_default(),
-        };
-        for (descriptor, bytes) in manifests {
-            self.sink.put_manifest(descriptor, bytes, Name::Digest)?;
-        }
-        let entries: Vec<Descriptor> = manifests.iter().map(|(entry, _)| entry.clone()).collect();
-        let bytes = index(&entries, &annotations);
-        self.sink.put_manifest(&describe(INDEX, &bytes), &bytes, name)
     }
 
     fn make(&mut self, source: &SourceImage) -> Result<Made> {

@@ -5,12 +5,12 @@
 //! image's manifest says, so that images an index has beside the one that was optimised need not
 //! have been converted with one.
 
-use super::documents::{CONFIG, MANIFEST, describe, index, manifest};
+use super::documents::{CONFIG, MANIFEST, describe, manifest};
 use super::image_config::{ImageConfig, NewLayer, Origin};
 use super::source::Library;
 use crate::error::{Error, Result};
 use crate::image::Digest;
-use crate::image::manifest::{Descriptor, Document, Index, Manifest, Platform, subject};
+use crate::image::manifest::{Descriptor, Document, Manifest, Platform, subject};
 
 /// The manifest of an image for Docker, and the configuration to be stored before it.
 #[derive(Clone, Debug)]
@@ -63,12 +63,6 @@ impl ForDocker {
         made.manifest.0.platform.clone_from(&entry.platform);
         Ok(Some(made))
     }
-}
-
-/// The index over images for Docker of an index's images.
-pub fn index_of(old: &Index, made: &[ForDocker]) -> Vec<u8> {
-    let entries: Vec<Descriptor> = made.iter().map(|made| made.manifest.0.clone()).collect();
-    index(&entries, &old.annotations)
 }
 
 /// The only layer of the image for Docker that a name leads to; nothing if there is no such name

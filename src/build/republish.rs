@@ -9,10 +9,10 @@ use std::collections::{BTreeMap, HashSet};
 
 use super::bootstrap_layer::BootstrapLayer;
 use super::documents::{CONFIG, INDEX, MANIFEST, describe, descriptor, index, manifest};
-use super::for_docker::{ForDocker, index_of};
+use super::for_docker::ForDocker;
 use super::image_config::{ImageConfig, NewLayer, Origin};
 use super::optimize::Optimized;
-use super::sink::{Body, Content, Name, Sink};
+use super::sink::{Body, Content, Name, Sink, put_named};
 use super::source::Library;
 use crate::error::Result;
 use crate::image::manifest::{
@@ -84,7 +84,9 @@ pub fn republish(
         }
     }
     if let Some(tag) = names.docker_tag {
-        old.name_for_docker(sink, &docker, Name::Docker(tag))?;
+        let manifests: Vec<_> = docker.iter().map(|one| &one.manifest).collect();
+        let around = old.around.as_ref().map(|(index, _)| &index.annotations);
+        put_named(sink, around, &manifests, Name::Docker(tag))?;
     }
     sink.finish()?;
     let is_own = |one: &&ForDocker| one.bootstrap == bootstrap.digest;
@@ -137,24 +139,6 @@ impl Old {
             put(sink, &one.config.0, Body::Bytes(one.config.1.clone()))?;
         }
         Ok(made)
-    }
-
-    fn name_for_docker(
-        &self,
-        sink: &mut dyn Sink,
-        made: &[ForDocker],
-        name: Name<'_>,
-    ) -> Result<()> {
-        let (index, made) = match (&self.around, made) {
-            (None, [one]) => return sink.put_manifest(&one.manifest.0, &one.manifest.1, name),
-            (None, _) => return Ok(()),
-            (Some((index, _)), made) => (index, made),
-        };
-        for one in made {
-            sink.put_manifest(&one.manifest.0, &one.manifest.1, Name::Digest)?;
-        }
-        let bytes = index_of(index, made);
-        sink.put_manifest(&describe(INDEX, &bytes), &bytes, name)
     }
 }
 

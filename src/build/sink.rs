@@ -3,8 +3,10 @@
 //! Blobs first, in any order; then `settle`; then manifests, and the one that has a name last. So
 //! whatever ends a conversion early, no name leads to an image that is not whole.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use super::documents::{INDEX, describe, index};
 use crate::error::Result;
 use crate::image::manifest::Descriptor;
 
@@ -66,4 +68,26 @@ pub trait Sink {
     fn finish(&mut self) -> Result<()> {
         Ok(())
     }
+}
+
+/// Gives manifests a name: a single one has it itself, several an index over them, of which
+/// `around` says what is said of it.
+///
+/// # Errors
+/// Those of [`Sink::put_manifest`].
+pub fn put_named(
+    sink: &mut dyn Sink,
+    around: Option<&BTreeMap<String, String>>,
+    manifests: &[&(Descriptor, Vec<u8>)],
+    name: Name<'_>,
+) -> Result<()> {
+    if let (None, [(descriptor, bytes)]) = (around, manifests) {
+        return sink.put_manifest(descriptor, bytes, name);
+    }
+    for (descriptor, bytes) in manifests {
+        sink.put_manifest(descriptor, bytes, Name::Digest)?;
+    }
+    let entries: Vec<Descriptor> = manifests.iter().map(|(entry, _)| entry.clone()).collect();
+    let bytes = index(&entries, around.unwrap_or(&BTreeMap::new()));
+    sink.put_manifest(&describe(INDEX, &bytes), &bytes, name)
 }
