@@ -248,7 +248,7 @@ impl Snapshots {
 
     /// Forgets a snapshot that nothing stands on. Its directory is an orphan from here on.
     pub fn remove(&mut self, name: &str) -> Result<Stack> {
-        let stack = self.lowers_of(self.stat(name)?)?;
+        let stack = self.lowers_of(self.stat(name)?);
         if self.children.contains_key(name) {
             return Err(Error::Busy(format!(
                 "cannot remove snapshot {name:?}: other snapshots stand on it"
@@ -271,7 +271,7 @@ impl Snapshots {
     pub fn stack(&self, key: &str) -> Result<Stack> {
         let snapshot = self.stat(key)?;
         match snapshot.kind {
-            Kind::View | Kind::Active => self.lowers_of(snapshot),
+            Kind::View | Kind::Active => Ok(self.lowers_of(snapshot)),
             Kind::Committed => Err(Error::Busy(format!("snapshot {key:?} is committed already"))),
         }
     }
@@ -283,13 +283,17 @@ impl Snapshots {
 
     /// The image a view or an active snapshot stands on, which never changes.
     fn image_used_by(&self, snapshot: &Snapshot) -> Option<u64> {
-        let mut above = Some(snapshot).filter(|snapshot| snapshot.kind != Kind::Committed)?;
-        loop {
-            above = self.by_name.get(&above.parent)?;
-            if matches!(above.contents, Contents::Image(_)) {
-                return Some(above.id);
-            }
+        if snapshot.kind == Kind::Committed {
+            return None;
         }
+        let is_image = |layer: &&Snapshot| matches!(layer.contents, Contents::Image(_));
+        self.down_from(&snapshot.parent).find(is_image).map(|layer| layer.id)
+    }
+
+    /// A snapshot and those it stands on. A parent is older than its child, so the walk ends.
+    fn down_from(&self, name: &str) -> impl Iterator<Item = &Snapshot> {
+        let first = self.by_name.get(name);
+        std::iter::successors(first, |layer| self.by_name.get(&layer.parent))
     }
 
     fn drop_user(&mut self, snapshot: &Snapshot) {
@@ -317,12 +321,9 @@ impl Snapshots {
     }
 
     /// Walks down to the bottom, or to the first image: that one has everything below it.
-    fn lowers_of(&self, snapshot: &Snapshot) -> Result<Stack> {
+    fn lowers_of(&self, snapshot: &Snapshot) -> Stack {
         let mut lowers = Vec::new();
-        let mut parent = &snapshot.parent;
-        // A parent is older than its child, so the walk ends.
-        while !parent.is_empty() {
-            let below = self.stat(parent)?;
+        for below in self.down_from(&snapshot.parent) {
             match below.contents {
                 Contents::Files => lowers.push(Lower::Files(below.id)),
                 Contents::Blob => {}
@@ -331,9 +332,8 @@ impl Snapshots {
                     break;
                 }
             }
-            parent = &below.parent;
         }
-        Ok(Stack { snapshot: snapshot.clone(), lowers })
+        Stack { snapshot: snapshot.clone(), lowers }
     }
 
     fn insert(&mut self, snapshot: Snapshot) -> Result<()> {
@@ -372,10 +372,9 @@ impl Snapshots {
     /// that reads it: to a container its files would just not be there. A manifest can call any
     /// layer a blob, and containerd then takes that for this layer in other images, too.
     fn check_whole(&self, parent: &str) -> Result<()> {
-        let mut below = self.by_name.get(parent);
-        while let Some(layer) = below {
+        for layer in self.down_from(parent) {
             match layer.contents {
-                Contents::Files => below = self.by_name.get(&layer.parent),
+                Contents::Files => {}
                 Contents::Image(_) => return Ok(()),
                 Contents::Blob => {
                     return Err(Error::Malformed(format!(
