@@ -3,6 +3,7 @@
 
 mod support;
 
+use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -10,10 +11,11 @@ use sluice::blob::registration::PrefetchConfig;
 use sluice::blob::statistics::Counter;
 use sluice::registry::config::Backend;
 use support::daemon::comes_true;
-use support::kernel::PATIENCE;
+use support::kernel::{Object, PATIENCE};
 use support::node::{Node, Options, cache};
 use support::registry::Registry;
 use support::truth::Truth;
+use tempfile::TempDir;
 
 /// Longer than any test waits.
 const LONG_MS: u64 = 200_000;
@@ -24,6 +26,43 @@ fn options(deadline_ms: u64) -> Options {
     Options { cores: 1, deadline_ms, ..Options::default() }
 }
 
+/// An image that somebody reads, whose registry is about to be away.
+struct Scene {
+    node: Node,
+    registry: Registry,
+    truth: Truth,
+    object: Object,
+    _cache: TempDir,
+}
+
+impl Scene {
+    /// One that nothing has come of yet.
+    fn new(image: &str, deadline_ms: u64) -> Scene {
+        let registry = Registry::with_images(&[]);
+        let (cache, truth, options) = (cache(), Truth::of(image), options(deadline_ms));
+        let node = Node::start(cache.path(), &options);
+        node.register(&truth, registry.address(), &options);
+        let object = node.open(&truth);
+        Scene { node, registry, truth, object, _cache: cache }
+    }
+
+    /// One that was mounted before.
+    fn in_use(image: &str, deadline_ms: u64) -> Scene {
+        let scene = Scene::new(image, deadline_ms);
+        scene.node.were_in_use();
+        scene
+    }
+
+    /// Reads the first page of a chunk.
+    fn read(&self, place: usize) -> Result<Vec<u8>, i32> {
+        self.node.kernel.read(&self.object, page(&self.truth, place))
+    }
+
+    fn ask(&self, place: usize) -> Receiver<i64> {
+        self.node.kernel.ask_read(&self.object, page(&self.truth, place))
+    }
+}
+
 fn page(truth: &Truth, place: usize) -> std::ops::Range<u64> {
     let start = truth.range(truth.chunks().nth(place).expect("so many chunks")).start;
     start / 4096 * 4096..(start / 4096 + 1) * 4096
@@ -31,32 +70,23 @@ fn page(truth: &Truth, place: usize) -> std::ops::Range<u64> {
 
 /// The first `count` requests are answered so, and one reader waits them out.
 fn is_waited_out(image: &str, count: usize, effect: &Value) {
-    let registry = Registry::with_images(&[]);
-    let (cache, truth, options) = (cache(), Truth::of(image), options(LONG_MS));
-    let node = Node::start(cache.path(), &options);
-    node.register(&truth, registry.address(), &options);
-    node.were_in_use();
-    let object = node.open(&truth);
-    registry.fault(json!([{"blob": "", "count": count, "effect": effect}]));
-    let range = page(&truth, 0);
-    let bytes = node.kernel.read(&object, range.clone()).expect("the registry came back");
-    assert!(bytes == truth.bytes[range.start as usize..range.end as usize]);
-    assert!(registry.blob_reads().len() > count, "it was away");
+    let scene = Scene::in_use(image, LONG_MS);
+    scene.registry.fault(json!([{"blob": "", "count": count, "effect": effect}]));
+    let bytes = scene.read(0).expect("the registry came back");
+    let range = page(&scene.truth, 0);
+    assert!(bytes == scene.truth.bytes[range.start as usize..range.end as usize]);
+    assert!(scene.registry.blob_reads().len() > count, "it was away");
 }
 
 #[test]
 fn reader_learns_soon_that_nothing_ever_came_and_waits_once_something_has() {
-    let registry = Registry::with_images(&[]);
-    let (cache, truth, options) = (cache(), Truth::of("zstd-64k"), options(LONG_MS));
-    let node = Node::start(cache.path(), &options);
-    node.register(&truth, registry.address(), &options);
-    let object = node.open(&truth);
-    registry.fault(json!([{"blob": "", "effect": {"status": 503}}]));
-    assert_eq!(node.kernel.read(&object, page(&truth, 0)), Err(nix::libc::EIO));
-    registry.heal();
-    node.kernel.read(&object, page(&truth, 0)).expect("a failure is not for ever");
-    registry.fault(json!([{"blob": "", "count": HASTY + 1, "effect": {"status": 503}}]));
-    node.kernel.read(&object, page(&truth, 10)).expect("it has been well");
+    let scene = Scene::new("zstd-64k", LONG_MS);
+    scene.registry.fault(json!([{"blob": "", "effect": {"status": 503}}]));
+    assert_eq!(scene.read(0), Err(nix::libc::EIO));
+    scene.registry.heal();
+    scene.read(0).expect("a failure is not for ever");
+    scene.registry.fault(json!([{"blob": "", "count": HASTY + 1, "effect": {"status": 503}}]));
+    scene.read(10).expect("it has been well");
 }
 
 #[test]
@@ -76,22 +106,16 @@ fn reader_who_needs_a_context_table_first_waits_as_well() {
 
 #[test]
 fn reader_of_a_registry_that_is_gone_gets_eio_at_the_deadline() {
-    let mut registry = Registry::with_images(&[]);
-    let (cache, truth, options) = (cache(), Truth::of("zstd-64k"), options(4_000));
-    let node = Node::start(cache.path(), &options);
-    node.register(&truth, registry.address(), &options);
-    node.were_in_use();
-    let object = node.open(&truth);
-    registry.kill();
+    let mut scene = Scene::in_use("zstd-64k", 4_000);
+    scene.registry.kill();
     let began = Instant::now();
-    assert_eq!(node.kernel.read(&object, page(&truth, 0)), Err(nix::libc::EIO));
+    assert_eq!(scene.read(0), Err(nix::libc::EIO));
     let took = began.elapsed();
-    assert!(took >= Duration::from_millis(options.deadline_ms), "{took:?}");
-    assert!(took < Duration::from_millis(2 * options.deadline_ms), "{took:?}");
+    assert!(took >= Duration::from_secs(4) && took < Duration::from_secs(8), "{took:?}");
     let blames = |line: &String| line.contains("units") && line.contains("refused");
     let mut lines = Vec::new();
     let is_said = || {
-        lines.extend(node.lines());
+        lines.extend(scene.node.lines());
         lines.iter().any(blames)
     };
     assert!(until(is_said), "the flight says why");
@@ -99,26 +123,22 @@ fn reader_of_a_registry_that_is_gone_gets_eio_at_the_deadline() {
 
 #[test]
 fn registry_that_asks_for_a_pause_gets_it_from_all_readers() {
-    let registry = Registry::with_images(&[]);
-    let (cache, truth, options) = (cache(), Truth::of("zstd-64k"), options(LONG_MS));
-    let node = Node::start(cache.path(), &options);
-    node.register(&truth, registry.address(), &options);
-    let object = node.open(&truth);
-    registry.fault(json!([{"blob": "", "count": 1, "effect": {"too_many": 2}}]));
-    registry.forget();
+    let scene = Scene::new("zstd-64k", LONG_MS);
+    scene.registry.fault(json!([{"blob": "", "count": 1, "effect": {"too_many": 2}}]));
+    scene.registry.forget();
     let began = Instant::now();
-    let one = node.kernel.ask_read(&object, page(&truth, 20));
+    let one = scene.ask(20);
     // Its answer is on the way when it is in the registry's log; the daemon has it soon.
-    assert!(comes_true(|| !registry.blob_reads().is_empty()));
-    let others: Vec<_> =
-        (0..10).map(|place| node.kernel.ask_read(&object, page(&truth, 19 - place))).collect();
+    assert!(comes_true(|| !scene.registry.blob_reads().is_empty()));
+    let others: Vec<_> = (0..10).map(|place| scene.ask(19 - place)).collect();
     let (last, others) = others.split_last().expect("there are ten");
     assert!(last.recv_timeout(PATIENCE).expect("answered") >= 0);
     assert!(began.elapsed() >= Duration::from_secs(2), "{:?}", began.elapsed());
     for answer in others.iter().chain([&one]) {
         assert!(answer.recv_timeout(PATIENCE).expect("answered") >= 0);
     }
-    assert_eq!(registry.blob_reads().len(), 1 + 11, "one too many, and one for each reader");
+    let reads = scene.registry.blob_reads().len();
+    assert_eq!(reads, 1 + 11, "one too many, and one for each reader");
 }
 
 #[test]
@@ -159,39 +179,29 @@ fn flight_that_moves_on_is_not_given_up() {
 #[test]
 fn stop_waits_for_no_outage() {
     for effect in [json!({"status": 503}), json!({"too_many": 60})] {
-        let registry = Registry::with_images(&[]);
-        let (cache, truth, options) = (cache(), Truth::of("zstd-64k"), options(LONG_MS));
-        let mut node = Node::start(cache.path(), &options);
-        node.register(&truth, registry.address(), &options);
-        node.were_in_use();
-        let object = node.open(&truth);
-        registry.fault(json!([{"blob": "", "effect": effect}]));
-        let waiting = node.kernel.ask_read(&object, page(&truth, 0));
-        assert!(comes_true(|| !registry.blob_reads().is_empty()));
+        let mut scene = Scene::in_use("zstd-64k", LONG_MS);
+        scene.registry.fault(json!([{"blob": "", "effect": effect}]));
+        let waiting = scene.ask(0);
+        assert!(comes_true(|| !scene.registry.blob_reads().is_empty()));
         let began = Instant::now();
-        node.stop();
+        scene.node.stop();
         assert!(began.elapsed() < Duration::from_secs(3), "{effect}: {:?}", began.elapsed());
-        assert_eq!(node.kernel.unanswered(), 0);
+        assert_eq!(scene.node.kernel.unanswered(), 0);
         drop(waiting);
     }
 }
 
 #[test]
 fn object_that_is_closed_is_asked_for_no_longer() {
-    let registry = Registry::with_images(&[]);
-    let (cache, truth, options) = (cache(), Truth::of("zstd-64k"), options(LONG_MS));
-    let node = Node::start(cache.path(), &options);
-    node.register(&truth, registry.address(), &options);
-    node.were_in_use();
-    let object = node.open(&truth);
-    registry.fault(json!([{"blob": "", "effect": {"status": 503}}]));
-    let answer = node.kernel.ask_read(&object, page(&truth, 0));
-    assert!(comes_true(|| node.count(Counter::Retries) > 0));
-    node.kernel.close(&object);
+    let scene = Scene::in_use("zstd-64k", LONG_MS);
+    scene.registry.fault(json!([{"blob": "", "effect": {"status": 503}}]));
+    let answer = scene.ask(0);
+    assert!(comes_true(|| scene.node.count(Counter::Retries) > 0));
+    scene.node.kernel.close(&scene.object);
     answer.recv_timeout(PATIENCE).expect("long before its deadline");
 }
 
-fn open_prefetched(node: &Node, truth: &Truth, address: &str) -> support::kernel::Object {
+fn open_prefetched(node: &Node, truth: &Truth, address: &str) -> Object {
     let config = json!({
         "scheme": "http", "host": address, "repo": truth.domain.as_str(), "timeout": 2,
     });
