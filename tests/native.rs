@@ -297,6 +297,41 @@ fn a_registry_that_is_gone_or_lies_costs_an_error_and_heals() {
 }
 
 #[test]
+fn a_crowd_at_a_registry_that_is_away_holds_up_no_other_image() {
+    // More readers than all cores serve at once.
+    const MOUNTS: usize = 4;
+    let (away, well) = (Registry::with_images(&[]), Registry::with_images(&[]));
+    let daemon = Daemon::start(&["--deadline-ms", "120000"]);
+    let truth = files(&source(daemon.home.path()));
+    let mut truth = truth.iter().filter(|(_, bytes)| !bytes.is_empty()).take(200);
+    let mount = |number| daemon.mount("zstd-64k", away.address(), &format!("away{number}"));
+    let places: Vec<_> = (0..MOUNTS).map(mount).collect();
+    let (path, bytes) = truth.next().expect("there are files");
+    assert_eq!(&std::fs::read(places[0].join(path)).expect("it has been well"), bytes);
+    let healthy = daemon.mount("lz4-1m", well.address(), "healthy");
+    away.fault(json!([{"blob": "", "effect": {"status": 503}}]));
+    let served = AtomicUsize::new(0);
+    let read = |path: PathBuf, bytes: &[u8]| {
+        assert_eq!(std::fs::read(&path).expect("it came back"), bytes, "{}", path.display());
+        served.fetch_add(1, Ordering::Relaxed);
+    };
+    std::thread::scope(|scope| {
+        let read = &read;
+        for (path, bytes) in truth {
+            for place in &places {
+                scope.spawn(move || read(place.join(path), bytes));
+            }
+        }
+        daemon.wait_until("the crowd waits", |daemon| daemon.count("retries") > 50);
+        let before = served.load(Ordering::Relaxed);
+        assert_same_tree(&healthy);
+        assert_eq!(served.load(Ordering::Relaxed), before, "the crowd waits");
+        away.heal();
+    });
+    assert_eq!(daemon.count("reads_failed"), 0);
+}
+
+#[test]
 fn a_quota_evicts_what_nobody_uses() {
     let registry = Registry::with_images(&[]);
     let daemon = Daemon::start(&["--cache-quota", "6M"]);

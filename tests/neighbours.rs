@@ -56,6 +56,10 @@ fn mirror_with_wrong_bytes_is_gone_around() {
     assert!(node.count(Counter::DigestFailures) + node.count(Counter::BadChunks) > 0);
 }
 
+fn page_at(at: u64) -> std::ops::Range<u64> {
+    at / 4096 * 4096..(at / 4096 + 1) * 4096
+}
+
 /// So many images of a host that does nothing but this are read, each at these places of its blob,
 /// and wait; another host's image is read beside them.
 fn is_read_beside_a_dead_host(effect: &Value, sick: &Truth, count: usize, places: &[u64]) {
@@ -67,8 +71,7 @@ fn is_read_beside_a_dead_host(effect: &Value, sick: &Truth, count: usize, places
     dead.fault(json!([{"blob": "", "effect": effect}]));
     let objects = copies(&node, sick, dead.address(), count);
     node.were_in_use();
-    let page = |at: u64| at / 4096 * 4096..(at / 4096 + 1) * 4096;
-    let ask = |object| places.iter().map(move |&at| (object, page(at)));
+    let ask = |object| places.iter().map(move |&at| (object, page_at(at)));
     let waiting: Vec<_> = objects
         .iter()
         .flat_map(ask)
@@ -85,8 +88,48 @@ fn dead_host_of_many_repositories_holds_up_no_other() {
     let mut places: Vec<_> = sick.chunks().take(24).map(|chunk| sick.range(chunk).start).collect();
     places.reverse();
     for effect in [json!({"hang": true}), json!({"status": 503}), json!({"too_many": 60})] {
-        is_read_beside_a_dead_host(&effect, &sick, 8, &places);
+        // More of them than a core serves at once.
+        is_read_beside_a_dead_host(&effect, &sick, 25, &places);
     }
+}
+
+#[test]
+fn failing_repository_leaves_room_for_others_of_its_host() {
+    let registry = Registry::with_images(&[]);
+    let (cache, sick, well) = (cache(), Truth::of("zstd-64k"), Truth::of("lz4-1m"));
+    let node = Node::start(cache.path(), &one_core());
+    let [sick_object, well_object] = [&sick, &well].map(|truth| {
+        node.register_at(truth, backend(registry.address(), &truth.domain));
+        node.open(truth)
+    });
+    registry.fault(json!([{"blob": sick.blob_id, "effect": {"status": 503}}]));
+    node.were_in_use();
+    let mut places: Vec<_> = sick.chunks().map(|chunk| sick.range(chunk).start).collect();
+    places.reverse();
+    let ask = |&at: &u64| node.kernel.ask_read(&sick_object, page_at(at));
+    let waiting: Vec<_> = places.iter().take(300).map(ask).collect();
+    assert!(waiting.len() > 40, "more than its host has connections");
+    assert!(comes_true(|| node.count(Counter::Retries) > 100), "they are patient");
+    assert_eq!(node.read_all(&well, &well_object, 5), 0);
+    assert!(waiting.iter().all(|answer| answer.try_recv().is_err()), "the sick ones still wait");
+}
+
+#[test]
+fn prefetch_goes_on_beside_readers_of_a_dead_host() {
+    let (dead, alive) = (Registry::with_images(&[]), Registry::with_images(&[]));
+    let (cache, sick, well) = (cache(), Truth::of("zstd-64k"), Truth::of("lz4-1m"));
+    let node = Node::start(cache.path(), &one_core());
+    dead.fault(json!([{"blob": "", "effect": {"hang": true}}]));
+    let objects = copies(&node, &sick, dead.address(), 8);
+    node.were_in_use();
+    let places = sick.chunks().take(24).map(|chunk| sick.range(chunk).start);
+    let asked = places.flat_map(|at| objects.iter().map(move |object| (object, page_at(at))));
+    let _waiting: Vec<_> = asked.map(|(object, at)| node.kernel.ask_read(object, at)).collect();
+    let prefetch = PrefetchConfig { enable: true, ..PrefetchConfig::default() };
+    node.register_as("well", &well, backend(alive.address(), "lz4-1m"), prefetch);
+    let _object = node.kernel.open("well", &well.blob_id).expect("known");
+    let all = well.chunks().count() as u64;
+    assert!(comes_true(|| node.count(Counter::ChunksFilled) == all), "all of it is prefetched");
 }
 
 #[test]

@@ -21,6 +21,8 @@ use tempfile::TempDir;
 const LONG_MS: u64 = 200_000;
 /// Requests of a reader who would take an outage for an error.
 const HASTY: usize = 40;
+/// Readers of one repository: more than a core serves at once.
+const CROWD: usize = 100;
 
 fn options(deadline_ms: u64) -> Options {
     Options { cores: 1, deadline_ms, ..Options::default() }
@@ -122,6 +124,34 @@ fn reader_of_a_registry_that_is_gone_gets_eio_at_the_deadline() {
 }
 
 #[test]
+fn crowd_that_waits_for_its_turn_is_answered_by_its_deadline() {
+    let mut scene = Scene::in_use("zstd-64k", 4_000);
+    scene.registry.kill();
+    let began = Instant::now();
+    let crowd: Vec<_> = (0..CROWD).rev().map(|place| scene.ask(place)).collect();
+    for answer in crowd {
+        answer.recv_timeout(PATIENCE).expect("answered");
+    }
+    let took = began.elapsed();
+    assert!(took >= Duration::from_secs(4) && took < Duration::from_secs(8), "{took:?}");
+    assert_eq!(scene.node.count(Counter::ReadsFailed), CROWD as u64);
+}
+
+#[test]
+fn crowd_that_waits_for_its_turn_is_served_when_the_registry_is_back() {
+    let scene = Scene::in_use("zstd-64k", LONG_MS);
+    scene.registry.fault(json!([{"blob": "", "effect": {"status": 503}}]));
+    let crowd: Vec<_> = (0..CROWD).rev().map(|place| scene.ask(place)).collect();
+    assert!(comes_true(|| scene.node.count(Counter::Retries) > 100), "it is away");
+    assert!(crowd.iter().all(|answer| answer.try_recv().is_err()), "they wait");
+    scene.registry.heal();
+    for answer in crowd {
+        answer.recv_timeout(PATIENCE).expect("answered");
+    }
+    assert_eq!(scene.node.count(Counter::ReadsFailed), 0);
+}
+
+#[test]
 fn registry_that_asks_for_a_pause_gets_it_from_all_readers() {
     let scene = Scene::new("zstd-64k", LONG_MS);
     scene.registry.fault(json!([{"blob": "", "count": 1, "effect": {"too_many": 2}}]));
@@ -181,7 +211,7 @@ fn stop_waits_for_no_outage() {
     for effect in [json!({"status": 503}), json!({"too_many": 60})] {
         let mut scene = Scene::in_use("zstd-64k", LONG_MS);
         scene.registry.fault(json!([{"blob": "", "effect": effect}]));
-        let waiting = scene.ask(0);
+        let waiting: Vec<_> = (0..CROWD).rev().map(|place| scene.ask(place)).collect();
         assert!(comes_true(|| !scene.registry.blob_reads().is_empty()));
         let began = Instant::now();
         scene.node.stop();

@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use super::catalog::Catalog;
 use super::fetch::{Landing, LongBatch};
+use super::fetchers::Fetchers;
 use super::flight::{FlightId, Flights, Plan, RemoteWaiter};
 use super::journal::{Journal, Level};
 use super::latency::{Cause, Step};
@@ -111,8 +112,8 @@ pub struct Crew {
     pub stopping: Notify,
     /// Woken when a chunk claimed by another core has settled.
     pub news: Notify,
-    /// Hosts of the flights that fetchers hold, for the limit per host.
-    pub busy_hosts: RefCell<Vec<(u64, Lane)>>,
+    /// What the fetchers are at.
+    pub(super) fetchers: Fetchers,
 }
 
 impl Crew {
@@ -134,7 +135,7 @@ impl Crew {
             gate: Gate::default(),
             stopping: Notify::default(),
             news: Notify::default(),
-            busy_hosts: RefCell::new(Vec::with_capacity(DEMAND_FETCHERS + AHEAD_FETCHERS)),
+            fetchers: Fetchers::default(),
         })
     }
 

@@ -18,8 +18,8 @@ use super::retry::Tries;
 use super::statistics::Counter;
 use super::workbench::{Batch, Job, Workbench};
 use crate::config::{
-    DECODE_INLINE_MAX_BYTES, DIGEST_TRIES, FETCHERS_PER_HOST, FILL_PAUSE_NS, FILL_TRIES,
-    FILL_TRIES_AHEAD, PACE_REQUEST_MAX_BYTES, RANGE_LEASE_SIZE, ROOM_MIN_BYTES,
+    DECODE_INLINE_MAX_BYTES, DIGEST_TRIES, FILL_PAUSE_NS, FILL_TRIES, FILL_TRIES_AHEAD,
+    PACE_REQUEST_MAX_BYTES, RANGE_LEASE_SIZE, ROOM_MIN_BYTES,
 };
 use crate::engine::offload::Errand;
 use crate::engine::{Class, CoreId, Lane, Lease};
@@ -85,10 +85,7 @@ impl Crew {
             Lane::Background => &self.ahead,
         };
         loop {
-            let has_room = |&id: &FlightId| {
-                self.flights.matches(id, |plan| self.has_fetchers_left(plan.blob.route.host, lane))
-            };
-            let id = queue.pop(&self.core, has_room).await;
+            let id = queue.pop(&self.core, |&id| self.may_take(id, lane)).await;
             // One that was promoted flies as what it has become.
             let mut plan = self.flights.plan(id);
             let is_prefetch = plan.cause == Cause::Prefetch;
@@ -96,23 +93,19 @@ impl Crew {
                 plan.cause = Cause::Demand;
             }
             self.record_step(&plan.blob, plan.cause, Step::Queue, plan.planned_ns);
-            let key = (plan.blob.route.host, lane);
-            self.busy_hosts.borrow_mut().push(key);
+            self.fetchers.begin(id, &plan.blob.route, lane);
             let is_whole = self.fly(id, &plan).await;
             if is_prefetch {
                 let range = &plan.run.compressed;
                 plan.blob.prefetch_landed(range.end - range.start, is_whole);
             }
-            let mut busy = self.busy_hosts.borrow_mut();
-            let place = busy.iter().position(|&other| other == key);
-            busy.swap_remove(place.expect("pushed above"));
+            self.fetchers.end(id);
         }
     }
 
-    fn has_fetchers_left(&self, host: u64, lane: Lane) -> bool {
-        let busy = self.busy_hosts.borrow();
-        let count = busy.iter().filter(|&&other| other == (host, lane)).count();
-        count < FETCHERS_PER_HOST[lane as usize]
+    /// Whether a fetcher of the lane may take a flight that waits.
+    pub(super) fn may_take(&self, id: FlightId, lane: Lane) -> bool {
+        self.flights.matches(id, |plan| self.fetchers.have_room(&plan.blob.route, lane))
     }
 
     /// Says whether all of it came.
@@ -151,7 +144,7 @@ impl Crew {
     /// Lands units until none is left; a body that breaks off is asked for again from there.
     async fn fetch_run(self: &Rc<Self>, attempt: &mut Attempt<'_>) {
         let Plan { blob, cause, deadline_ns, .. } = attempt.plan;
-        let mut tries = Tries::new(blob, *cause, *deadline_ns);
+        let mut tries = Tries::new(blob, *cause, *deadline_ns).of_flight(attempt.id);
         while attempt.next < attempt.end {
             attempt.is_logged = false;
             let first = attempt.next;

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use super::latency::Cause;
 use super::open::OpenBlob;
 use super::plan::Run;
-use crate::config::{FLIGHT_SLOTS, REMOTE_WAITERS};
+use crate::config::{DEMAND_FLIGHTS_PER_HOST, FLIGHT_SLOTS, REMOTE_WAITERS};
 use crate::engine::sync::Notify;
 use crate::engine::{Core, CoreId};
 use crate::image::identity::ChunkIndex;
@@ -86,6 +86,8 @@ pub struct Flights {
     places: Box<[Place]>,
     free: RefCell<Vec<FlightId>>,
     live_count: Cell<usize>,
+    /// Hosts of the flights that somebody waited for when they began.
+    demanded: RefCell<Vec<u64>>,
 }
 
 impl Default for Flights {
@@ -99,14 +101,24 @@ impl Default for Flights {
             places: (0..FLIGHT_SLOTS).map(place).collect(),
             free: RefCell::new((0..FLIGHT_SLOTS as u32).rev().map(FlightId).collect()),
             live_count: Cell::new(0),
+            demanded: RefCell::new(Vec::with_capacity(FLIGHT_SLOTS)),
         }
     }
 }
 
 impl Flights {
-    /// Begins a flight, or gives the plan back when all places are taken.
+    /// Begins a flight, or gives the plan back when all places are taken, or all of its host.
     pub fn begin(&self, plan: Plan) -> Result<FlightId, Plan> {
+        let (host, mut demanded) = (plan.blob.route.host, self.demanded.borrow_mut());
+        let is_demanded = plan.cause == Cause::Demand;
+        let of_host = || demanded.iter().filter(|&&other| other == host).count();
+        if is_demanded && of_host() >= DEMAND_FLIGHTS_PER_HOST {
+            return Err(plan);
+        }
         let Some(id) = self.free.borrow_mut().pop() else { return Err(plan) };
+        if is_demanded {
+            demanded.push(host);
+        }
         *self.place(id).plan.borrow_mut() = Some(plan);
         self.live_count.set(self.live_count.get() + 1);
         Ok(id)
@@ -157,8 +169,12 @@ impl Flights {
 
     /// Ends a flight; everybody has been woken.
     pub fn end(&self, id: FlightId) {
-        let plan = self.place(id).plan.borrow_mut().take();
-        assert!(plan.is_some(), "a flight ends once");
+        let plan = self.place(id).plan.borrow_mut().take().expect("a flight ends once");
+        if plan.cause == Cause::Demand {
+            let (host, mut demanded) = (plan.blob.route.host, self.demanded.borrow_mut());
+            let place = demanded.iter().position(|&other| other == host);
+            demanded.swap_remove(place.expect("it was there when it began"));
+        }
         self.place(id).remote.borrow_mut().0.clear();
         self.free.borrow_mut().push(id);
         self.live_count.set(self.live_count.get() - 1);

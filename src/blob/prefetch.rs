@@ -29,6 +29,7 @@ use crate::config::{
     PREFETCH_LAYOUT_NS, PREFETCH_PAUSE_NS, PREFETCH_STEP_MIN_BYTES, PREFETCH_TRIES,
     PREFETCH_TURN_NS, RECORDING_LOOK_NS, SECOND_NS,
 };
+use crate::engine::Lane;
 use crate::error::Result;
 use crate::image::layout::Layout;
 use crate::image::prefetch::listed_ranges;
@@ -124,7 +125,7 @@ impl Crew {
         loop {
             let allowed = blob.route.pace.allowance(self.core.now());
             let has_room = allowed >= PREFETCH_BUDGET_MIN_BYTES && self.has_few_queued(blob);
-            if has_room && self.demand.is_empty() || self.gate.is_closed() {
+            if has_room && !self.is_demanded() || self.gate.is_closed() {
                 return Some(allowed.max(PREFETCH_BUDGET_MIN_BYTES));
             }
             let is_elsewhere = |wish: &Wish| wish.blob.route.host != blob.route.host;
@@ -134,6 +135,12 @@ impl Crew {
             }
             let _ = self.core.sleep(PAUSE_NS).await;
         }
+    }
+
+    /// Whether what somebody waits for could be taken by a fetcher. What waits for one of its own
+    /// host, or of a registry that is away, is not helped by waiting for it.
+    fn is_demanded(&self) -> bool {
+        self.demand.any(|&id| self.may_take(id, Lane::Demand))
     }
 
     /// Whether few fetches of the blob's host wait for a fetcher; those of others are none of its

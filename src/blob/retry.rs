@@ -10,6 +10,7 @@
 use std::sync::atomic::Ordering;
 
 use super::crew::Crew;
+use super::flight::FlightId;
 use super::journal::Level;
 use super::latency::Cause;
 use super::open::OpenBlob;
@@ -22,13 +23,19 @@ pub(super) struct Tries<'a> {
     blob: &'a OpenBlob,
     cause: Cause,
     deadline_ns: u64,
+    /// Whose fetcher is free for others while it pauses.
+    flight: Option<FlightId>,
     /// Failures since something came.
     failures: usize,
 }
 
 impl<'a> Tries<'a> {
     pub(super) fn new(blob: &'a OpenBlob, cause: Cause, deadline_ns: u64) -> Self {
-        Tries { blob, cause, deadline_ns, failures: 0 }
+        Tries { blob, cause, deadline_ns, flight: None, failures: 0 }
+    }
+
+    pub(super) fn of_flight(self, flight: FlightId) -> Self {
+        Tries { flight: Some(flight), ..self }
     }
 
     /// Something came: what failed before says nothing about the next try.
@@ -75,7 +82,15 @@ impl Crew {
         tries.failures += 1;
         self.parts.counters.count(Counter::Retries);
         let wake_ns = (self.core.now() + pause_ns).min(tries.deadline_ns);
+        if let Some(flight) = tries.flight {
+            self.fetchers.set_paused(flight, true);
+            self.demand.wake_one(&self.core);
+            self.ahead.wake_one(&self.core);
+        }
         self.stopping.wait(&self.core).by(wake_ns).await;
+        if let Some(flight) = tries.flight {
+            self.fetchers.set_paused(flight, false);
+        }
         !self.is_in_vain(tries)
     }
 

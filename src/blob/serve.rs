@@ -18,9 +18,18 @@ use crate::image::identity::ChunkIndex;
 use crate::image::layout::Layout;
 
 impl Crew {
-    /// Brings the bytes of `range` of a blob's address space into the cache, or says why not.
-    pub async fn serve(self: &Rc<Self>, blob: &Arc<OpenBlob>, range: Range<u64>) -> Result<()> {
-        let deadline_ns = self.core.now() + self.parts.fault_deadline_ns;
+    /// Brings the bytes of `range` of a blob's address space into the cache, or says why not. The
+    /// time for it counts from `since_ns`.
+    pub async fn serve(
+        self: &Rc<Self>,
+        blob: &Arc<OpenBlob>,
+        range: Range<u64>,
+        since_ns: u64,
+    ) -> Result<()> {
+        let deadline_ns = since_ns + self.parts.fault_deadline_ns;
+        if self.core.now() >= deadline_ns {
+            return Err(Error::Deadline(format!("{}, waiting for its turn", blob.name())));
+        }
         let layout = self.layout(blob, &range, Cause::Demand, deadline_ns).await?;
         let wanted = layout.chunks_in(range.clone());
         let recorder = &self.parts.catalog.recorder;
@@ -73,6 +82,12 @@ impl Crew {
         }
     }
 
+    /// Whether another core has begun to fetch a chunk.
+    fn is_elsewhere(&self, blob: &OpenBlob, layout: &Layout, chunk: ChunkIndex) -> bool {
+        let state = blob.cache.state(layout, chunk);
+        matches!(state, ChunkState::Claimed(owner) if owner != self.id())
+    }
+
     /// Waits until a chunk is present.
     async fn settle(
         self: &Rc<Self>,
@@ -112,7 +127,7 @@ impl Crew {
                     // Whoever fetched it gave up, perhaps a read-ahead: try for ourselves.
                     let wanted = chunk.0..chunk.0 + 1;
                     match self.launch(blob, layout, wanted, Cause::Demand, deadline_ns) {
-                        Ok(()) => launches += 1,
+                        Ok(()) => launches += u32::from(!self.is_elsewhere(blob, layout, chunk)),
                         Err(Error::Busy(_)) => {
                             let pause_ns = now_ns + FLIGHT_PAUSE_NS;
                             self.core.sleep_until(pause_ns.min(deadline_ns)).await?;

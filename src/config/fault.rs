@@ -4,20 +4,33 @@ use super::*;
 
 /// Reads being served at once; further ones wait in the kernel. A slot is a task of about 1 KiB.
 pub const DEMAND_SLOTS: usize = 256;
+/// Slots that readers of one host may hold, so that dead registries leave room for healthy ones.
+/// More than four times its connections: those whose bytes come keep these busy.
+pub const SEATS_PER_HOST: usize = 64;
+/// Slots that readers of one repository may hold: one that fails leaves others of its host room.
+pub const SEATS_PER_ROUTE: usize = 32;
+/// Reads that wait for one of these, each of 80 bytes and an open file.
+pub const WAITING_READS_MAX: usize = KIB;
 /// Opens being served at once: each parses a bootstrap on a helper thread.
 pub const OPEN_SLOTS: usize = 4;
 /// Opens read from the device and not yet begun.
 pub const OPEN_QUEUE: usize = 64;
 /// Fetches in progress or waiting for a fetcher.
 pub const FLIGHT_SLOTS: usize = 512;
+/// Flights somebody waits for that one host may have: readers of many small pieces need many.
+pub const DEMAND_FLIGHTS_PER_HOST: usize = 2 * SEATS_PER_HOST;
 /// Tasks that fetch what somebody waits for.
-pub const DEMAND_FETCHERS: usize = 96;
+pub const DEMAND_FETCHERS: usize = 192;
 /// Tasks that fetch ahead.
 pub const AHEAD_FETCHERS: usize = 24;
-/// Fetchers of a lane one host may hold, so that dead registries leave room for healthy ones. More
-/// would only wait for its connections.
+/// Fetchers of a lane one host may keep busy, so that dead registries leave room for healthy ones.
+/// More would only wait for its connections.
 pub const FETCHERS_PER_HOST: [usize; 2] =
     [REGISTRY_DEMAND_CONNECTION_COUNT_MAX, REGISTRY_BACKGROUND_CONNECTION_COUNT_MAX];
+/// Fetchers of demand one repository may hold, those that pause before another try included.
+pub const DEMAND_FETCHERS_PER_ROUTE: usize = REGISTRY_DEMAND_CONNECTION_COUNT_MAX;
+/// The same of one host.
+pub const DEMAND_FETCHERS_PER_HOST: usize = 48;
 /// Fetches whose body is arriving: each holds a range lease for what arrives and one for the
 /// result.
 pub const LANDINGS: usize = 32;

@@ -211,10 +211,15 @@ impl<T> Queue<T> {
             return Err(item);
         }
         self.items.borrow_mut().push_back(item);
+        self.wake_one(core);
+        Ok(())
+    }
+
+    /// Wakes one waiter: an item may have become acceptable to all of them.
+    pub fn wake_one(&self, core: &Core) {
         if let Some(task) = self.waiters.borrow_mut().pop() {
             core.schedule(task);
         }
-        Ok(())
     }
 
     /// Takes the first item that `wanted` accepts, if there is one.
@@ -226,7 +231,7 @@ impl<T> Queue<T> {
 
     /// Waits for an item that `wanted` accepts. All waiters of a queue want the same, so that the
     /// one woken for an item may stand for all; whoever makes an item acceptable later takes it
-    /// itself.
+    /// itself, or calls `wake_one`.
     pub async fn pop(&self, core: &Core, wanted: impl Fn(&T) -> bool) -> T {
         std::future::poll_fn(|_| {
             let task = core.current_task();

@@ -17,6 +17,7 @@ use super::opening::OpenJob;
 use crate::blob::crew::Crew;
 use crate::blob::journal::Level;
 use crate::blob::latency::{Cause, Step};
+use crate::blob::seats::{Read, Seats};
 use crate::blob::statistics::{Counter, Stage};
 use crate::config::{
     DEMAND_SLOTS, HAND_OVER_READS, INTAKE_PAUSE_MAX_NS, INTAKE_PAUSE_NS, INTAKE_TURN, Intake,
@@ -54,6 +55,7 @@ pub struct Door {
     pub(super) installed: Notify,
     objects: RefCell<Objects>,
     reads: Queue<ReadJob>,
+    seats: Seats<ReadJob>,
     /// Demand slots that wait, less the reads queued for them.
     idle_slots: Cell<usize>,
     next_sibling: Cell<usize>,
@@ -92,6 +94,7 @@ impl Door {
             installed: Notify::default(),
             objects: RefCell::default(),
             reads: Queue::new(DEMAND_SLOTS + MAILBOX_CAPACITY),
+            seats: Seats::default(),
             idle_slots: Cell::new(DEMAND_SLOTS),
             next_sibling: Cell::new(0),
             is_stopped: Cell::new(false),
@@ -232,13 +235,13 @@ impl Door {
         loop {
             let job = self.reads.pop(&self.crew.core, |_| true).await;
             let _inside = self.crew.gate.enter(&self.crew.core);
-            self.serve_read(&job).await;
+            self.serve_read(job).await;
             self.idle_slots.set((self.idle_slots.get() + 1).min(DEMAND_SLOTS));
             self.slot_freed.wake_all(&self.crew.core);
         }
     }
 
-    async fn serve_read(&self, job: &ReadJob) {
+    async fn serve_read(&self, job: ReadJob) {
         let (counters, journal) = (&self.crew.parts.counters, &self.crew.parts.journal);
         let opened = self.objects.borrow().find(job.object).cloned();
         let Some(opened) = opened else {
@@ -249,25 +252,44 @@ impl Door {
             self.ask_again().await;
             return;
         };
-        let (outcome, stage) = match &opened {
+        match &opened {
             Opened::Data(blob) => {
                 counters.count(Counter::UpcallsRead);
                 counters.add(Counter::BytesAsked, job.range.end - job.range.start);
                 self.crew.record_step(blob, Cause::Demand, Step::Intake, job.taken_ns);
-                (self.crew.serve(blob, job.range.clone()).await, Stage::Read)
+                let (blob, range, since_ns) = (Arc::clone(blob), job.range.clone(), job.taken_ns);
+                self.serve_data(Read { blob, range, since_ns, job }).await;
             }
             Opened::Bootstrap(bootstrap) => {
                 counters.count(Counter::BootstrapReads);
-                (self.fill_bootstrap(bootstrap).await, Stage::BootstrapRead)
+                let outcome = self.fill_bootstrap(bootstrap).await;
+                self.finish(&job, &opened, outcome, Stage::BootstrapRead);
             }
             Opened::Refused(refused) => {
                 if self.crew.core.now() >= refused.until_ns {
                     // The next read has it opened anew, and perhaps it is known by then.
                     self.tell_all(|| DoorMail::Remove(job.object)).await;
                 }
-                (Err(Error::NotFound("nobody knows this object".into())), Stage::Read)
+                let outcome = Err(Error::NotFound("nobody knows this object".into()));
+                self.finish(&job, &opened, outcome, Stage::Read);
             }
-        };
+        }
+    }
+
+    /// Serves a read, and then who had to wait for its seat; or leaves it waiting for one.
+    async fn serve_data(&self, read: Read<ReadJob>) {
+        let mut next = self.seats.admit(read);
+        while let Some(read) = next {
+            let Read { blob, range, since_ns, job } = read;
+            let outcome = self.crew.serve(&blob, range, since_ns).await;
+            let is_served = outcome.is_ok();
+            self.finish(&job, &Opened::Data(Arc::clone(&blob)), outcome, Stage::Read);
+            next = self.seats.leave(&blob, is_served, self.crew.core.now());
+        }
+    }
+
+    fn finish(&self, job: &ReadJob, opened: &Opened, outcome: Result<()>, stage: Stage) {
+        let (counters, journal) = (&self.crew.parts.counters, &self.crew.parts.journal);
         if let Err(error) = outcome {
             if self.is_handing_over.get() {
                 // The successor is asked for the same bytes.
@@ -280,7 +302,7 @@ impl Door {
         }
         let began_ns = self.crew.core.now();
         let answered = self.device.answer_read(&self.crew.core, opened.fd(), job.id);
-        if let Opened::Data(blob) = &opened {
+        if let Opened::Data(blob) = opened {
             self.crew.record_step(blob, Cause::Demand, Step::Answer, began_ns);
             self.crew.record_step(blob, Cause::Demand, Step::Whole, job.taken_ns);
         }

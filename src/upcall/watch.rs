@@ -21,6 +21,7 @@ use crate::blob::crew::Crew;
 use crate::blob::journal::Level;
 use crate::blob::latency::{Cause, DoorKind, Step};
 use crate::blob::open::OpenBlob;
+use crate::blob::seats::{Read, Seats};
 use crate::blob::statistics::{Counter, Stage};
 use crate::config::{
     DEMAND_SLOTS, HAND_OVER_READS, INTAKE_PAUSE_MAX_NS, INTAKE_TURN, LAYOUT_LOOK_NS,
@@ -72,6 +73,7 @@ pub struct Watch {
     crew: Rc<Crew>,
     parts: WatchParts,
     jobs: Queue<EventJob>,
+    seats: Seats<EventJob>,
     slot_freed: Notify,
     begun: Notify,
     /// Demand slots that wait, less the events queued for them.
@@ -90,6 +92,7 @@ impl Watch {
             crew: Rc::clone(crew),
             parts,
             jobs: Queue::new(DEMAND_SLOTS + MAILBOX_CAPACITY),
+            seats: Seats::default(),
             slot_freed: Notify::default(),
             begun: Notify::default(),
             idle_slots: Cell::new(DEMAND_SLOTS),
@@ -214,26 +217,46 @@ impl Watch {
             let job = self.jobs.pop(&self.crew.core, |_| true).await;
             let _inside = self.crew.gate.enter(&self.crew.core);
             self.record(Step::Intake, job.taken_ns);
-            let served = self.serve(&job).await;
-            let began_ns = self.crew.core.now();
-            match served {
-                Ok(()) => self.answer(&job, Answer::Allow),
-                // Its file stays open, so it is left to the successor, who has the time for it.
-                Err(_) if self.is_handing_over.get() => {}
-                Err(error) => {
-                    // The fetch that failed has said what and why, once; this is once per reader.
-                    let text =
-                        || format!("event at {} answered with EIO: {error}", job.range.start);
-                    self.crew.parts.journal.write(Level::Debug, text);
-                    self.refuse(&job);
+            match self.find(&job).await {
+                Ok((blob, range)) => {
+                    let since_ns = job.taken_ns;
+                    self.serve(Read { blob, range, since_ns, job }).await;
                 }
+                Err(error) => self.finish(&job, Err(error)),
             }
-            self.record(Step::Answer, began_ns);
-            self.record(Step::Whole, job.taken_ns);
-            self.crew.record(Stage::Read, job.taken_ns);
             self.idle_slots.set((self.idle_slots.get() + 1).min(DEMAND_SLOTS));
             self.slot_freed.wake_all(&self.crew.core);
         }
+    }
+
+    /// Serves a read, and then who had to wait for its seat; or leaves it waiting for one.
+    async fn serve(&self, read: Read<EventJob>) {
+        let mut next = self.seats.admit(read);
+        while let Some(read) = next {
+            let Read { blob, range, since_ns, job } = read;
+            let served = self.crew.serve(&blob, range, since_ns).await;
+            let is_served = served.is_ok();
+            self.finish(&job, served);
+            next = self.seats.leave(&blob, is_served, self.crew.core.now());
+        }
+    }
+
+    fn finish(&self, job: &EventJob, served: Result<()>) {
+        let began_ns = self.crew.core.now();
+        match served {
+            Ok(()) => self.answer(job, Answer::Allow),
+            // Its file stays open, so it is left to the successor, who has the time for it.
+            Err(_) if self.is_handing_over.get() => {}
+            Err(error) => {
+                // The fetch that failed has said what and why, once; this is once per reader.
+                let text = || format!("event at {} answered with EIO: {error}", job.range.start);
+                self.crew.parts.journal.write(Level::Debug, text);
+                self.refuse(job);
+            }
+        }
+        self.record(Step::Answer, began_ns);
+        self.record(Step::Whole, job.taken_ns);
+        self.crew.record(Stage::Read, job.taken_ns);
     }
 
     fn record(&self, step: Step, since_ns: u64) {
@@ -242,13 +265,14 @@ impl Watch {
         statistics.latencies.record(DoorKind::Fanotify, Cause::Demand, step, elapsed_ns);
     }
 
-    async fn serve(&self, job: &EventJob) -> Result<()> {
+    /// The blob that fills the event's file, once its image is bound.
+    async fn find(&self, job: &EventJob) -> Result<(Arc<OpenBlob>, Range<u64>)> {
         let deadline_ns = job.taken_ns + self.crew.parts.fault_deadline_ns;
         loop {
             // Read before the look: the image may be bound, as the last one, right behind it.
             let is_restored = self.parts.bindings.is_restored();
             let error = match self.locate(job).await {
-                Ok((blob, range)) => return self.crew.serve(&blob, range).await,
+                Ok(found) => return Ok(found),
                 Err(error) => error,
             };
             let may_come = matches!(error, Error::NotFound(_)) && !is_restored;
