@@ -239,7 +239,8 @@ fn this_kernel_passes_the_probe_and_nothing_is_left_of_it() {
         println!("{}: {}", finding.check, finding.text);
     }
     assert!(report.is_good(), "{:?}", report.reason());
-    assert_eq!(report.findings.len(), 7);
+    assert_eq!(report.findings.len(), 8);
+    assert!(report.reads_directly, "{:?}", report.findings.last());
     assert_eq!(fs::read_dir(cache.path()).expect("a folder").count(), 0);
     let mounts = mountinfo::read(None).expect("a list");
     assert!(mounts.iter().all(|mount| !mount.mountpoint.starts_with(cache.path())));

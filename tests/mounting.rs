@@ -12,7 +12,7 @@ use std::process::{Child, Command, Stdio};
 use sluice::error::Error;
 use sluice::image::Bootstrap;
 use sluice::upcall::mountinfo;
-use sluice::upcall::mounting::{self, Binding};
+use sluice::upcall::mounting::{self, Binding, Reading};
 use support::segments::{Cache, Mounted, Planted};
 use support::truth::Truth;
 
@@ -128,9 +128,9 @@ fn what_cannot_be_mounted_says_why_and_leaves_nothing() {
     assert!(error.to_string().contains("a segment file is missing"), "{error}");
 
     let path = "/".repeat(256);
-    let error = mounting::image_of_files(&path, [""; 0]).unwrap_err();
+    let error = mounting::image_of_files(&path, [""; 0], Reading::Cached).unwrap_err();
     assert!(matches!(error, Error::Malformed(_)) && error.to_string().contains("255"), "{error}");
-    let error = mounting::image_of_files("/dev/null", [""; 0]).unwrap_err();
+    let error = mounting::image_of_files("/dev/null", [""; 0], Reading::Cached).unwrap_err();
     assert!(error.to_string().contains("/dev/null"), "{error}");
 
     // Nobody serves such a cookie, if the kernel has fscache at all. It names the option.

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use serde_json::json;
+use support::built::Built;
 use support::daemon::{Daemon, forget_pages};
 use support::registry::Registry;
 use support::tree::assert_same_tree;
@@ -56,6 +57,59 @@ fn mounted_images_go_on_after_a_crash_and_after_a_stop() {
     daemon.kill();
     daemon.start_again();
     assert_eq!(daemon.stat()["daemon"]["restored"], json!({"images": 0, "skipped": 0}));
+}
+
+/// Whether the kernel reads the files of a mounted image past their page cache.
+fn is_direct(place: &Path) -> bool {
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").expect("it can be read");
+    let is_it = |line: &&str| line.contains(&format!(" {} ", place.display()));
+    mounts.lines().find(is_it).expect("it is mounted").contains("directio")
+}
+
+#[test]
+fn whole_image_is_read_directly_at_its_first_mount_and_from_memory_at_the_next() {
+    let registry = Registry::with_images(&[]);
+    // As after another boot: without a keeper the kernel is tried anew.
+    let mut daemon = Daemon::start(&["--keep", "0"]);
+    let mount = |daemon: &mut Daemon, is_new: bool, name: &str| {
+        if is_new {
+            daemon.stop();
+            daemon.start_again();
+        }
+        let place = daemon.mount("zstd-64k", registry.address(), name);
+        serves(&place);
+        let was_direct = is_direct(&place);
+        daemon.unmount(&place);
+        was_direct
+    };
+    assert!(!mount(&mut daemon, false, "absent"), "nothing is there yet");
+    assert!(mount(&mut daemon, true, "first"));
+    assert!(!mount(&mut daemon, false, "second"), "it may be in memory");
+    assert_eq!(daemon.count("fetched_bytes"), 0, "all of it was there");
+    assert_eq!(daemon.count("reads_failed"), 0);
+}
+
+#[test]
+fn what_is_evicted_of_an_image_that_is_read_directly_is_fetched_again() {
+    const IMAGE_MIB: usize = 12;
+    let [first, second] = [1, 2].map(|seed| Built::new(IMAGE_MIB, 1 << 20, seed));
+    let mut daemon = Daemon::start(&["--keep", "0", "--cache-quota", "16M"]);
+    let place = first.mount(&daemon, "filled");
+    first.assert_same(&place);
+    daemon.unmount(&place);
+    daemon.stop();
+    daemon.start_again();
+    let place = first.mount(&daemon, "first");
+    assert!(is_direct(&place));
+    let other = second.mount(&daemon, "second");
+    second.assert_same(&other);
+    daemon.wait_until("the quota is kept", |daemon| daemon.cached_bytes() < 16 << 20);
+    forget_pages();
+    first.assert_same(&place);
+    second.assert_same(&other);
+    let fetched = daemon.count("fetched_bytes");
+    assert!(fetched > (IMAGE_MIB << 20) as u64, "not only the second: {fetched}");
+    assert_eq!(daemon.count("reads_failed"), 0);
 }
 
 #[test]

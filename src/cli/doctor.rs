@@ -170,7 +170,7 @@ mod tests {
     fn one_door_is_enough() {
         use crate::upcall::probe;
         let good = probe::Finding { check: "x", is_good: true, text: String::new() };
-        let fanotify = probe::Report { findings: vec![good] };
+        let fanotify = probe::Report { findings: vec![good], reads_directly: false };
         let machine = Machine { fanotify, ..Machine::default() };
         let findings = examine(&machine);
         let device = findings.iter().find(|finding| finding.check == "/dev/cachefiles");

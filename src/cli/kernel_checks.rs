@@ -291,7 +291,8 @@ mod tests {
     fn what_stops_the_fanotify_door_is_a_failure_with_advice() {
         let found =
             |check, is_good, text: &str| probe::Finding { check, is_good, text: text.into() };
-        let report = Report { findings: vec![found("one", true, "a"), found("two", false, "b")] };
+        let findings = vec![found("one", true, "a"), found("two", false, "b")];
+        let report = Report { findings, reads_directly: false };
         let findings = fanotify(&report);
         let levels: Vec<Level> = findings.iter().map(|finding| finding.level).collect();
         assert_eq!(levels, [Level::Ok, Level::Fail]);

@@ -20,5 +20,10 @@ pub const MOUNT_VALUE_MAX_BYTES: usize = 255;
 pub const MOUNT_MESSAGES_MAX: usize = 8;
 /// Bytes of one of them that are read.
 pub const MOUNT_MESSAGE_MAX_BYTES: usize = 1024;
+/// Images whose mounting is remembered: 32 bytes each. Of further ones it is taken for granted.
+pub const MOUNTED_IMAGES_NOTED_MAX: usize = 16_384;
+/// What the kernel reads ahead of an image that it reads directly: eight segments of 128 KiB, which
+/// are those of an image of half a gigabyte. Its own 128 KiB would be one.
+pub const DIRECT_READ_AHEAD_KIB: u32 = 1024;
 /// All that is tried at start to see how the kernel behaves takes no longer.
 pub const PROBE_WAIT_MS: u64 = 10_000;

@@ -163,15 +163,16 @@ fn open_fanotify(
     let origin = match keeper.take(FANOTIFY) {
         Some(group) => Origin::Inherited(group),
         None if is_awaited => Origin::Awaited,
-        None => Origin::New,
+        None => {
+            // Versions promise nothing here: a kernel that shows zeros for short files must not
+            // serve. What a predecessor served with has been tried, and its readers wait.
+            let report = probe(&config.cache_dir);
+            match report.reason() {
+                Some(reason) => return Err(Error::Unsupported(reason)),
+                None => Origin::New { reads_directly: report.reads_directly },
+            }
+        }
     };
-    // Versions promise nothing here: a kernel that shows zeros for short files must not serve. What
-    // a predecessor served with has been tried, and its readers wait.
-    if matches!(origin, Origin::New)
-        && let Some(reason) = probe(&config.cache_dir).reason()
-    {
-        return Err(Error::Unsupported(reason));
-    }
     let is_inherited = matches!(origin, Origin::Inherited(_));
     let binder = Binder::open(&config.cache_dir, store, Arc::clone(routes), origin)?;
     if is_inherited {

@@ -18,6 +18,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::bindings::{Bindings, Holder};
+use super::direct::DirectReads;
 use super::group::Group;
 use super::mounting::{self, Binding, below};
 use super::sys;
@@ -39,12 +40,16 @@ pub struct Binder {
     /// The private bind mount.
     door: PathBuf,
     views: PathBuf,
+    direct: DirectReads,
 }
 
 /// Where a group comes from.
 pub enum Origin {
-    /// It is made.
-    New,
+    /// It is made, on a kernel that was tried and can read directly, or not.
+    New {
+        /// Whether images that are whole may be read so.
+        reads_directly: bool,
+    },
     /// It was that of a daemon that died; its mark stands.
     Inherited(OwnedFd),
     /// Somebody will give it.
@@ -79,17 +84,19 @@ impl Binder {
             made.map_err(|error| Error::io(&error, directory.display().to_string()))?;
         }
         let binding = mounting::bind_private(store.root(), &door)?;
+        let direct = matches!(origin, Origin::New { reads_directly: true });
         let group = match origin {
             Origin::Awaited => Group::awaited()?,
             Origin::Inherited(group) if matches!(binding, Binding::Found) => Group::of(group),
             // Without the mount it was for, a group hears nothing.
-            Origin::Inherited(_) | Origin::New => Group::open()?,
+            Origin::Inherited(_) | Origin::New { .. } => Group::open()?,
         };
         if !group.is_awaited() {
             group.mark_mount(&door)?;
         }
         let bindings = Bindings::new(store, routes);
-        Ok(Binder { bindings, group: Arc::new(group), door, views })
+        let (group, direct) = (Arc::new(group), DirectReads::new(direct));
+        Ok(Binder { bindings, group, door, views, direct })
     }
 
     /// What is bound, for the cores.
@@ -130,7 +137,7 @@ impl Binder {
         if !was_bound {
             self.bindings.bind(image, prepared.directories.clone());
         }
-        let mounted = self.attach(&prepared, mountpoint, peer);
+        let mounted = self.attach(image, &prepared, mountpoint, peer);
         if mounted.is_err() && !was_bound {
             self.bindings.unbind(image);
         }
@@ -202,13 +209,20 @@ impl Binder {
         mounting::detach(&self.door, None, true)
     }
 
-    fn attach(&self, prepared: &Prepared, mountpoint: &Path, peer: Option<u32>) -> Result<()> {
+    fn attach(
+        &self,
+        image: &Image,
+        prepared: &Prepared,
+        mountpoint: &Path,
+        peer: Option<u32>,
+    ) -> Result<()> {
         // Names through the open directory are short, whatever the cache directory's path is.
         let door = mounting::open_directory(&self.door)?;
         let devices = prepared.devices.iter().map(|device| below(&door, device));
         let devices: Vec<String> = devices.collect();
         let metadata = prepared.metadata.to_string_lossy();
-        let mount = mounting::image_of_files(&metadata, &devices)?;
+        let is_whole = !prepared.is_missing.contains(&true);
+        let mount = self.direct.make(image.bootstrap_digest, is_whole, &metadata, &devices)?;
         mounting::attach(mount, mountpoint, peer)
     }
 

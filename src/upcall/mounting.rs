@@ -10,7 +10,7 @@
 //! that carries the group's mark: what is opened elsewhere never asks. Paths longer than 255 bytes
 //! do not fit; [`below`] names a file by the descriptor of its directory.
 
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -44,6 +44,15 @@ impl DetachedMount {
     }
 }
 
+/// How the kernel reads the devices of an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reading {
+    /// Through their page cache, and copies it into that of the image.
+    Cached,
+    /// Straight into the page cache of the image (mount option `directio`, Linux 6.14).
+    Direct,
+}
+
 /// What a daemon found when it asked for its private bind mount.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Binding {
@@ -61,10 +70,14 @@ pub enum Binding {
 pub fn image_of_files<D: AsRef<str>>(
     metadata: &str,
     devices: impl IntoIterator<Item = D>,
+    reading: Reading,
 ) -> Result<DetachedMount> {
     let context = Context::open()?;
     context.set("source", metadata)?;
     context.set_devices(devices)?;
+    if reading == Reading::Direct {
+        context.set_flag(c"directio")?;
+    }
     context.make().map_err(|error| {
         let advice = match error.errno() {
             libc::ENOTBLK => "this kernel cannot mount files (CONFIG_EROFS_FS_BACKED_BY_FILE)",
@@ -267,6 +280,12 @@ impl Context {
         };
         sys::set_string(self.fd.as_fd(), &text(key)?, &text(value)?)
             .map_err(|errno| failed(errno, format!("{key}={value}{}", self.said())))
+    }
+
+    fn set_flag(&self, key: &CStr) -> Result<()> {
+        sys::set_flag(self.fd.as_fd(), key).map_err(|errno| {
+            failed(errno, format!("mount option {}{}", key.to_string_lossy(), self.said()))
+        })
     }
 
     fn set_devices<D: AsRef<str>>(&self, devices: impl IntoIterator<Item = D>) -> Result<()> {

@@ -19,7 +19,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::fanotify::{Answer, EVENT_BYTES, encode, parse};
 use super::group::Group;
-use super::mounting::{self, DetachedMount};
+use super::mounting::{self, DetachedMount, Reading};
 use super::sys;
 use crate::config::PROBE_WAIT_MS;
 use crate::engine::Fd;
@@ -31,6 +31,8 @@ use crate::image::miniature::miniature;
 pub struct Report {
     /// One sentence each.
     pub findings: Vec<Finding>,
+    /// Whether all that holds for images that are read directly, too ([`Reading::Direct`]).
+    pub reads_directly: bool,
 }
 
 /// One thing that was tried.
@@ -57,7 +59,8 @@ impl Report {
     }
 }
 
-const SEGMENTS: usize = 2;
+/// The last one is for what is read directly.
+const SEGMENTS: usize = 3;
 const DROP: PosixFadviseAdvice = PosixFadviseAdvice::POSIX_FADV_DONTNEED;
 /// Blocks of a segment: two, so that a file can be there in part.
 const BLOCK_BITS: u32 = 1;
@@ -77,7 +80,7 @@ pub fn probe(cache: &Path) -> Report {
         ("fanotify complete", ignored_file_raises_nothing),
         ("fanotify metadata", metadata_is_read),
     ];
-    let mut report = Report::default();
+    let (mut report, mut is_direct) = (Report::default(), false);
     let mut add = |check, result: Result<String>| {
         let is_good = result.is_ok();
         let text = result.unwrap_or_else(|error| error.to_string());
@@ -89,9 +92,18 @@ pub fn probe(cache: &Path) -> Report {
         Ok(mut scene) => {
             let text = "an image over files is mounted, and its mount watched";
             add("fanotify mounting", Ok(text.to_owned()));
-            let _ = CHECKS.iter().all(|(name, check)| add(name, check(&mut scene)));
+            if CHECKS.iter().all(|(name, check)| add(name, check(&mut scene))) {
+                let direct = direct_reads_are_as_good(&mut scene);
+                is_direct = direct.is_ok();
+                let text = match direct {
+                    Ok(()) => "a whole image can be read past the page cache of its files".into(),
+                    Err(error) => format!("images are read through their files' cache: {error}"),
+                };
+                add("fanotify directio", Ok(text));
+            }
         }
     }
+    report.reads_directly = is_direct;
     report
 }
 
@@ -209,7 +221,8 @@ impl Scene {
                 .map_err(|error| Error::io(&error, "cannot write to the cache directory"))?;
         }
         watch.group()?.mark_mount(Path::new(&path))?;
-        let mounting = watch.during(mounting(&metadata, &segments), || Answer::Allow)?;
+        let mounting = mounting(&metadata, &segments, Reading::Cached);
+        let mounting = watch.during(mounting, || Answer::Allow)?;
         let image = Arc::new(mounting.result?);
         match mounting.events {
             0 => Ok(Scene { watch, image, segments, watched_metadata, door }),
@@ -259,10 +272,11 @@ fn name(file: &impl AsRawFd) -> String {
 fn mounting(
     metadata: &File,
     segments: &[File],
+    reading: Reading,
 ) -> impl FnOnce() -> Result<DetachedMount> + Send + 'static {
     let metadata = name(metadata);
     let segments: Vec<String> = segments.iter().map(name).collect();
-    move || mounting::image_of_files(&metadata, segments)
+    move || mounting::image_of_files(&metadata, segments, reading)
 }
 
 /// What a segment holds; never a zero.
@@ -365,7 +379,7 @@ fn ignored_file_raises_nothing(scene: &mut Scene) -> Result<String> {
 fn metadata_is_read(scene: &mut Scene) -> Result<String> {
     let dropped = scene.watched_metadata.sync_data().is_ok()
         && posix_fadvise(&scene.watched_metadata, 0, 0, DROP).is_ok();
-    let mount = mounting(&scene.watched_metadata, &scene.segments);
+    let mount = mounting(&scene.watched_metadata, &scene.segments, Reading::Cached);
     let look = move || mount().and_then(|image| image.open("0").map(drop));
     let outcome = scene.watch.during(look, || Answer::Allow)?;
     Ok(match (outcome.result, outcome.events) {
@@ -375,6 +389,27 @@ fn metadata_is_read(scene: &mut Scene) -> Result<String> {
         }
         (Err(error), _) => format!("metadata cannot be read behind a mark, and need not: {error}"),
     })
+}
+
+/// What the other checks show, of a file that is read directly: it raises events, and its reader
+/// gets EIO while it is empty or short, and what is filled then.
+fn direct_reads_are_as_good(scene: &mut Scene) -> Result<()> {
+    const FILE: usize = SEGMENTS - 1;
+    let mount = mounting(&scene.watched_metadata, &scene.segments, Reading::Direct);
+    scene.image = Arc::new(scene.watch.during(mount, || Answer::Allow)?.result?);
+    let empty = scene.read(FILE, (0, SEGMENT), |_| Answer::Allow)?;
+    let behind = scene.read(FILE, (BLOCK, BLOCK), |segments| fill(segments, FILE, BLOCK))?.result;
+    let filled = scene.read(FILE, (0, SEGMENT), |segments| fill(segments, FILE, SEGMENT))?;
+    let is_refused = empty.result == Err(libc::EIO) && behind == Err(libc::EIO);
+    match is_refused && empty.events > 0 && filled.result == Ok(contents(FILE)) {
+        true => Ok(()),
+        false => Err(Error::Unsupported(format!(
+            "read directly, an empty file gives {}, what is behind its end {}, and a full one {}",
+            describe(&empty.result),
+            describe(&behind),
+            describe(&filled.result)
+        ))),
+    }
 }
 
 fn unexpected(text: String) -> Error {

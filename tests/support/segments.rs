@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use nix::mount::{MntFlags, umount2};
 use sluice::error::Result;
 use sluice::image::{Bootstrap, KernelView, Segmentation};
-use sluice::upcall::mounting::{self, DetachedMount};
+use sluice::upcall::mounting::{self, DetachedMount, Reading};
 use tempfile::TempDir;
 
 /// A folder on a real file system, which goes away.
@@ -144,7 +144,8 @@ impl Planted {
         let directory = mounting::open_directory(folder)?;
         let devices = 0..self.view.devices.len();
         let devices = devices.map(|position| mounting::below(&directory, &self.device(position)));
-        mounting::image_of_files(self.metadata.to_str().expect("UTF-8"), devices)
+        let metadata = self.metadata.to_str().expect("UTF-8");
+        mounting::image_of_files(metadata, devices, Reading::Cached)
     }
 }
 
