@@ -298,14 +298,19 @@ fn a_registry_that_is_gone_or_lies_costs_an_error_and_heals() {
 
 #[test]
 fn a_crowd_at_a_registry_that_is_away_holds_up_no_other_image() {
-    // More readers than all cores serve at once.
-    const MOUNTS: usize = 4;
     let (away, well) = (Registry::with_images(&[]), Registry::with_images(&[]));
     let daemon = Daemon::start(&["--deadline-ms", "120000"]);
     let truth = files(&source(daemon.home.path()));
     let mut truth = truth.iter().filter(|(_, bytes)| !bytes.is_empty()).take(200);
-    let mount = |number| daemon.mount("zstd-64k", away.address(), &format!("away{number}"));
-    let places: Vec<_> = (0..MOUNTS).map(mount).collect();
+    let trace = daemon.path("trace");
+    // While touches are recorded, the kernel asks for what is there, too.
+    let recorded = ["--trace", trace.to_str().expect("text")];
+    let mount = |name: &str| match name {
+        "away0" => daemon.mount_as("zstd-64k", away.address(), name, &recorded),
+        _ => daemon.mount("zstd-64k", away.address(), name),
+    };
+    // With 200 readers each, more than all cores serve at once.
+    let places = ["away0", "away1", "away2", "away3"].map(mount);
     let (path, bytes) = truth.next().expect("there are files");
     assert_eq!(&std::fs::read(places[0].join(path)).expect("it has been well"), bytes);
     let healthy = daemon.mount("lz4-1m", well.address(), "healthy");
@@ -325,6 +330,8 @@ fn a_crowd_at_a_registry_that_is_away_holds_up_no_other_image() {
         daemon.wait_until("the crowd waits", |daemon| daemon.count("retries") > 50);
         let before = served.load(Ordering::Relaxed);
         assert_same_tree(&healthy);
+        forget_pages();
+        assert_eq!(&std::fs::read(places[0].join(path)).expect("it is there"), bytes);
         assert_eq!(served.load(Ordering::Relaxed), before, "the crowd waits");
         away.heal();
     });

@@ -1,8 +1,8 @@
 //! What a core's fetchers are at, so that one registry's trouble does not take them all.
 //!
-//! A fetcher is busy with its flight until that pauses before another try; then it is only held.
-//! A host keeps as many busy as it has connections. What one repository and one host may hold is
-//! bounded as well, further out: behind flights that pause, others of the same host go on.
+//! A host keeps as many fetchers of a lane busy as it has connections. One of demand is not busy
+//! while its flight pauses before another try, only held. What one repository and one host may hold
+//! is bounded as well, further out: behind flights that pause, others of the same host go on.
 
 use std::cell::RefCell;
 
@@ -38,7 +38,8 @@ impl Fetchers {
     pub fn have_room(&self, route: &Route, lane: Lane) -> bool {
         let (mut busy, mut of_host, mut of_route) = (0, 0, 0);
         for held in self.held.borrow().iter().filter(|held| held.lane == lane) {
-            busy += usize::from(held.host == route.host && !held.is_paused);
+            let is_busy = !held.is_paused || lane != Lane::Demand;
+            busy += usize::from(held.host == route.host && is_busy);
             of_host += usize::from(held.host == route.host);
             of_route += usize::from(held.route == route.id);
         }

@@ -85,7 +85,6 @@ impl Crew {
         if let Some(flight) = tries.flight {
             self.fetchers.set_paused(flight, true);
             self.demand.wake_one(&self.core);
-            self.ahead.wake_one(&self.core);
         }
         self.stopping.wait(&self.core).by(wake_ns).await;
         if let Some(flight) = tries.flight {

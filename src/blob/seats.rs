@@ -56,12 +56,14 @@ impl<J> Default for Seats<J> {
 }
 
 impl<J> Seats<J> {
-    /// Gives the read back if it has a seat now; keeps it until it has one otherwise. Where even
-    /// those who wait are too many, it gets a seat too many.
-    pub fn admit(&self, read: Read<J>) -> Option<Read<J>> {
+    /// Gives the read back if it has a seat now; keeps it until it has one otherwise. One whose
+    /// bytes are there already gets a seat too many, which it leaves at once, and so it is where
+    /// even those who wait are too many.
+    pub fn admit(&self, read: Read<J>, is_there: impl FnOnce(&Read<J>) -> bool) -> Option<Read<J>> {
         let (seat, mut taken) = (Seat::of(&read.blob.route), self.taken.borrow_mut());
         let mut waiting = self.waiting.borrow_mut();
-        if has_room(&taken, seat) || waiting.len() == WAITING_READS_MAX {
+        let is_full = waiting.len() == WAITING_READS_MAX;
+        if has_room(&taken, seat) || is_full || is_there(&read) {
             taken.push(seat);
             return Some(read);
         }

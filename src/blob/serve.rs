@@ -58,6 +58,17 @@ impl Crew {
         Ok(())
     }
 
+    /// Whether all of a range is there, as far as this core knows without waiting. Behind the
+    /// cachefiles door the kernel asks only for what is not.
+    pub fn has(&self, blob: &OpenBlob, range: &Range<u64>) -> bool {
+        let Some(layout) = blob.layout().filter(|_| blob.cache.is_ordered()) else { return false };
+        let is_there = |chunk| {
+            layout.chunk(chunk).digest.is_none()
+                || blob.cache.state(&layout, chunk) == ChunkState::Present
+        };
+        layout.chunks_in(range.clone()).map(ChunkIndex).all(is_there)
+    }
+
     /// The kernel asks only for holes. If all chunks are present in the map and there is a hole all
     /// the same, the cache lost them (culled, or never on disk): they are fetched again.
     fn check_presence(

@@ -5,7 +5,7 @@ use super::*;
 /// Reads being served at once; further ones wait in the kernel. A slot is a task of about 1 KiB.
 pub const DEMAND_SLOTS: usize = 256;
 /// Slots that readers of one host may hold, so that dead registries leave room for healthy ones.
-/// More than four times its connections: those whose bytes come keep these busy.
+/// Four times its connections: those whose bytes come keep these busy.
 pub const SEATS_PER_HOST: usize = 64;
 /// Slots that readers of one repository may hold: one that fails leaves others of its host room.
 pub const SEATS_PER_ROUTE: usize = 32;

@@ -278,7 +278,7 @@ impl Door {
 
     /// Serves a read, and then who had to wait for its seat; or leaves it waiting for one.
     async fn serve_data(&self, read: Read<ReadJob>) {
-        let mut next = self.seats.admit(read);
+        let mut next = self.seats.admit(read, |read| self.crew.has(&read.blob, &read.range));
         while let Some(read) = next {
             let Read { blob, range, since_ns, job } = read;
             let outcome = self.crew.serve(&blob, range, since_ns).await;

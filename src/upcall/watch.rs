@@ -231,7 +231,7 @@ impl Watch {
 
     /// Serves a read, and then who had to wait for its seat; or leaves it waiting for one.
     async fn serve(&self, read: Read<EventJob>) {
-        let mut next = self.seats.admit(read);
+        let mut next = self.seats.admit(read, |read| self.crew.has(&read.blob, &read.range));
         while let Some(read) = next {
             let Read { blob, range, since_ns, job } = read;
             let served = self.crew.serve(&blob, range, since_ns).await;
