@@ -54,6 +54,8 @@
 //! into *segments*, each a file that only ever grows, from its start, by verified bytes. Its size
 //! is the presence map; beyond it is a short read, which EROFS makes EIO. When it is complete and
 //! synced it is recorded, and its inode is ignored by the group: from then on the kernel is alone.
+//! An image that is whole when it is mounted first is read past the page cache of its segments
+//! (`upcall/direct.rs`).
 //! After another boot, sizes without a record are not believed.
 //!
 //! # What keeps the promises
@@ -70,8 +72,9 @@
 //!   registrations back and serves. Nothing is dumped: presence is read from the cache itself.
 //! * *A failure is never permanent*: a failed flight releases its claims, a failed load is not
 //!   remembered, and a present chunk that the kernel asks for again is looked for in the cache.
-//! * *A reader waits for its own bytes only*: fetchers are bounded per route, so dead registries
-//!   leave room for healthy ones; large chunks are decoded on helper threads.
+//! * *A reader waits for its own bytes only*: demand slots (`blob/seats.rs`) and fetchers
+//!   (`blob/fetchers.rs`) are shared out by repository and by host, so dead registries leave room
+//!   for healthy ones; large chunks are decoded on helper threads.
 //! * *Everything is bounded*: the sums stand in [`config`]. A full disk costs the cache its least
 //!   recently used bytes first ([`daemon::evictor`]), and one read an error at last.
 //!
