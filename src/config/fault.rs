@@ -9,7 +9,7 @@ pub const DEMAND_SLOTS: usize = 256;
 pub const SEATS_PER_HOST: usize = 64;
 /// Slots that readers of one repository may hold: one that fails leaves others of its host room.
 pub const SEATS_PER_ROUTE: usize = 32;
-/// Reads that wait for one of these, each of 80 bytes and an open file.
+/// Reads that wait for one of these, each of 64 bytes and an open file.
 pub const WAITING_READS_MAX: usize = KIB;
 /// Opens being served at once: each parses a bootstrap on a helper thread.
 pub const OPEN_SLOTS: usize = 4;

@@ -9,8 +9,8 @@
 //! is likely to be in memory still, which no disk is as fast as.
 
 use std::collections::{BTreeSet, HashSet};
-use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError, RwLock};
 
 use super::mounting::{self, DetachedMount, Reading};
 use crate::config::{DIRECT_READ_AHEAD_KIB, MOUNTED_IMAGES_NOTED_MAX};
@@ -26,14 +26,15 @@ pub struct DirectReads {
     is_possible: bool,
     /// Images, by their bootstraps, that were mounted since the daemon began.
     noted: Mutex<HashSet<Digest>>,
-    /// Held while a superblock is made, so that it is known by being new.
-    turn: Mutex<()>,
+    /// Held for writing while a superblock is made that must be known by being new, for reading
+    /// while another is.
+    turn: RwLock<()>,
 }
 
 impl DirectReads {
     /// None where the kernel was not tried, or does it wrong.
     pub fn new(is_possible: bool) -> DirectReads {
-        DirectReads { is_possible, noted: Mutex::default(), turn: Mutex::default() }
+        DirectReads { is_possible, noted: Mutex::default(), turn: RwLock::default() }
     }
 
     /// Makes the superblock of an image; see [`mounting::image_of_files`].
@@ -47,8 +48,9 @@ impl DirectReads {
         metadata: &str,
         devices: &[String],
     ) -> Result<DetachedMount> {
-        if is_whole && self.is_first(image) {
-            let _turn = lock(&self.turn);
+        let is_first = self.note(image);
+        if is_whole && is_first {
+            let _alone = self.turn.write().unwrap_or_else(PoisonError::into_inner);
             let before = superblocks();
             // What it cannot do directly, it may do otherwise, or has to say why not.
             if let Ok(mount) = mounting::image_of_files(metadata, devices, Reading::Direct) {
@@ -56,14 +58,13 @@ impl DirectReads {
                 return Ok(mount);
             }
         }
-        let mount = mounting::image_of_files(metadata, devices, Reading::Cached)?;
-        self.is_first(image);
-        Ok(mount)
+        let _beside = self.turn.read().unwrap_or_else(PoisonError::into_inner);
+        mounting::image_of_files(metadata, devices, Reading::Cached)
     }
 
     /// Notes an image; says whether it was not noted before, as far as that is known.
-    fn is_first(&self, image: Digest) -> bool {
-        let mut noted = lock(&self.noted);
+    fn note(&self, image: Digest) -> bool {
+        let mut noted = self.noted.lock().unwrap_or_else(PoisonError::into_inner);
         self.is_possible && noted.len() < MOUNTED_IMAGES_NOTED_MAX && noted.insert(image)
     }
 }
@@ -81,12 +82,7 @@ fn read_far_ahead(before: &BTreeSet<PathBuf>) {
 }
 
 fn superblocks() -> BTreeSet<PathBuf> {
-    let Ok(entries) = std::fs::read_dir(Path::new(DEVICES)) else { return BTreeSet::new() };
-    let is_ours = |name: &Path| name.to_string_lossy().starts_with("erofs-");
-    let paths = entries.filter_map(|entry| Some(entry.ok()?.path()));
-    paths.filter(|path| path.file_name().is_some_and(|name| is_ours(Path::new(name)))).collect()
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+    let entries = std::fs::read_dir(DEVICES).into_iter().flatten().flatten();
+    let of_erofs = entries.filter(|it| it.file_name().to_string_lossy().starts_with("erofs-"));
+    of_erofs.map(|entry| entry.path()).collect()
 }
