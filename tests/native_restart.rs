@@ -67,7 +67,7 @@ fn is_direct(place: &Path) -> bool {
 }
 
 #[test]
-fn whole_image_is_read_directly_at_its_first_mount_and_from_memory_at_the_next() {
+fn whole_image_is_read_directly_at_its_first_mount_and_not_at_the_next() {
     let registry = Registry::with_images(&[]);
     // As after another boot: without a keeper the kernel is tried anew.
     let mut daemon = Daemon::start(&["--keep", "0"]);
@@ -84,7 +84,7 @@ fn whole_image_is_read_directly_at_its_first_mount_and_from_memory_at_the_next()
     };
     assert!(!mount(&mut daemon, false, "absent"), "nothing is there yet");
     assert!(mount(&mut daemon, true, "first"));
-    assert!(!mount(&mut daemon, false, "second"), "it may be in memory");
+    assert!(!mount(&mut daemon, false, "second"), "what is mounted again is kept in memory");
     assert_eq!(daemon.count("fetched_bytes"), 0, "all of it was there");
     assert_eq!(daemon.count("reads_failed"), 0);
 }

@@ -3,8 +3,10 @@
 //! A read keeps its demand slot until its bytes are here or its deadline has come. Each repository
 //! therefore has a number of seats on a core, and each host a larger one; a read that finds none
 //! free waits without a slot until one of its own leaves. First come, first served among those who
-//! may. Nobody waits beyond its deadline for long: where the bytes do not come, those who sit leave
-//! at theirs, which are earlier, and who finds its own past by then leaves at once.
+//! may. Where no bytes come, those who sit leave at their deadlines, which are earlier than those
+//! of who waits, and who finds its own past leaves at once. Whoever sits behind a read that was
+//! served has its time anew: a read waits twice its time at most, and that while its registry
+//! answers.
 
 use std::cell::RefCell;
 use std::collections::VecDeque;

@@ -5,8 +5,9 @@
 //! pages of EROFS instead, several segments at once, and is in memory once, not twice.
 //!
 //! Not an image of which something is missing: what is filled would have to reach the disk before
-//! anybody can read it. And only at its first mount since the daemon began: what was mounted before
-//! is likely to be in memory still, which no disk is as fast as.
+//! anybody can read it. And only at its first mount since the daemon began: what is mounted again
+//! and again is better kept in the page cache of its segments, which outlives the mount. The mount
+//! behind a direct one fills it, unless one before did.
 
 use std::collections::{BTreeSet, HashSet};
 use std::path::PathBuf;
